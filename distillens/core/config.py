@@ -1,0 +1,116 @@
+"""Settings as frozen dataclasses: to JSON, from JSON, from the command line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from importlib import import_module
+from typing import Any, TypeVar, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from distillens.core.checks import UserError, unknown
+from distillens.core.rng import Key
+
+T = TypeVar("T")
+_OURS = re.compile(r"distillens(\.[a-z_0-9]+)+")
+
+
+def describe(value: Any) -> Any:
+    """A settings object as JSON: its class under ``is``, then its fields, nested."""
+    if isinstance(value, Key):
+        return {"is": "key", "key": value.to_json()}
+    if is_dataclass(value) and not isinstance(value, type):
+        kind = type(value)
+        described = {"is": f"{kind.__module__}.{kind.__qualname__}"}
+        for field in fields(value):
+            described[field.name] = describe(getattr(value, field.name))
+        return described
+    if isinstance(value, Mapping):
+        return {str(name): describe(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [describe(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"a setting of type {type(value).__name__} cannot be written as JSON")
+
+
+def restore(described: Any) -> Any:
+    """The settings object that ``describe`` wrote. Only dataclasses of this package are made.
+
+    Raises:
+        UserError: the class is unknown, or a field does not fit it.
+    """
+    if isinstance(described, list):
+        return tuple(restore(item) for item in described)
+    if not isinstance(described, Mapping):
+        return described
+    if "is" not in described:
+        return {name: restore(item) for name, item in described.items()}
+    if described["is"] == "key":
+        return Key.from_json(described["key"])
+    module, _, name = str(described["is"]).rpartition(".")
+    kind = getattr(import_module(module), name, None) if _OURS.fullmatch(module) else None
+    if not (isinstance(kind, type) and is_dataclass(kind)):
+        raise UserError("unknown settings", got=repr(described["is"]), expected="a class of distillens")
+    known = {field.name for field in fields(kind)}
+    values = {key: restore(item) for key, item in described.items() if key != "is"}
+    for key in values:
+        if key not in known:
+            raise unknown(f"setting of {name}", key, known)
+    return kind(**values)
+
+
+def override(value: T, assignments: Sequence[str]) -> T:
+    """A settings object with fields set from text: ``steps=500``, ``net.width=64``.
+
+    Text is turned into the field's type. A field that is itself a settings object is reached
+    with dots.
+
+    Raises:
+        UserError: there is no such field (with the nearest name), or the text does not fit its type.
+    """
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals or not path:
+            raise UserError("a setting is written NAME=VALUE", got=repr(assignment), fix="--set steps=500, say")
+        value = _set(value, path.strip().split("."), text.strip(), path.strip())
+    return value
+
+
+def _set(owner: Any, path: Sequence[str], text: str, whole: str) -> Any:
+    known = [field.name for field in fields(owner)]
+    name, *rest = path
+    if name not in known:
+        raise unknown(f"setting of {type(owner).__name__.lower()}", name, known)
+    old = getattr(owner, name)
+    if rest:
+        if not is_dataclass(old):
+            raise UserError(f"setting {whole!r}: {name!r} has no settings of its own", got=repr(old))
+        return replace(owner, **{name: _set(old, rest, text, whole)})
+    if is_dataclass(old):
+        inner = ", ".join(f"{name}.{field.name}" for field in fields(old))
+        raise UserError(f"setting {whole!r} holds settings of its own", fix=f"set one of {inner}")
+    kind = get_type_hints(type(owner))[name]
+    given: Any = None if text.lower() == "none" else text
+    try:
+        if str(kind).startswith("tuple") and given is not None:
+            given = [part for part in re.split(r"[,\s]+", text) if part]
+        converted = TypeAdapter(kind).validate_python(given)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise UserError(f"setting {whole!r} does not fit", got=repr(text), expected=reason) from error
+    return replace(owner, **{name: converted})
+
+
+def settings_of(value: Any) -> dict[str, Any]:
+    """The settings that ``override`` can change, dotted, with their present values."""
+    flat: dict[str, Any] = {}
+    for field in fields(value):
+        item = getattr(value, field.name)
+        if is_dataclass(item) and not isinstance(item, type):
+            flat |= {f"{field.name}.{name}": inner for name, inner in settings_of(item).items()}
+        else:
+            flat[field.name] = item
+    return flat

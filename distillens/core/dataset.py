@@ -1,0 +1,212 @@
+"""Datasets: images in a known space, with labels and class names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from distillens.core.checks import UserError
+from distillens.core.labels import Hard, Labels
+from distillens.core.space import Space, same_space
+from distillens.core.storage import fingerprint
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Images [n, c, h, w] (float) in ``space``, labels, class names. Checked at birth, never changed.
+
+    The device is where the images live. ``labels`` may be given as an int64 tensor [n].
+
+    Raises:
+        UserError: shapes, kinds or ranges do not fit, or an image holds a number that is not finite.
+    """
+
+    images: torch.Tensor
+    labels: Labels
+    classes: tuple[str, ...]
+    space: Space
+
+    def __post_init__(self) -> None:
+        if isinstance(self.labels, torch.Tensor):
+            object.__setattr__(self, "labels", Hard(self.labels))
+        if self.images.ndim != 4 or not self.images.is_floating_point():
+            raise UserError(
+                "images do not fit",
+                got=f"{self.images.dtype} of shape {tuple(self.images.shape)}",
+                expected="float numbers of shape [n, channels, height, width]",
+                fix="whole numbers 0..255 become float with images / 255",
+            )
+        if len(self.classes) < 2 or len(set(self.classes)) != len(self.classes):
+            raise UserError("class names must be two or more, all different", got=repr(self.classes))
+        if len(self.labels) != len(self.images):
+            raise UserError(
+                "every image needs one label", got=f"{len(self.images)} images and {len(self.labels)} labels"
+            )
+        self.labels.check(len(self.classes))
+        finite = torch.isfinite(self.images).flatten(1).all(1)
+        if not bool(finite.all()):
+            bad = int((~finite).nonzero()[0])
+            raise UserError(
+                f"{int((~finite).sum())} images hold numbers that are not finite", got=f"image {bad}, the first"
+            )
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height, width."""
+        c, h, w = self.images.shape[1:]
+        return c, h, w
+
+    @property
+    def k(self) -> int:
+        """The number of classes."""
+        return len(self.classes)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the images live."""
+        return self.images.device
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A SHA-256 of images, labels, class names and space."""
+        return fingerprint(
+            self.images,
+            self.labels.kind,
+            self.labels.settings(),
+            *self.labels.tensors().values(),
+            list(self.classes),
+            self.space.describe(),
+        )
+
+    @cached_property
+    def by_class(self) -> tuple[torch.Tensor, ...]:
+        """For each class the indices of its images, ascending."""
+        hard = self.labels.hard()
+        return tuple((hard == c).nonzero().flatten() for c in range(self.k))
+
+    def take(self, index: torch.Tensor) -> Dataset:
+        """The images ``index`` [n'], in that order."""
+        return Dataset(self.images[index], self.labels.take(index), self.classes, self.space)
+
+    def to(self, device: torch.device | str) -> Dataset:
+        """The same data on a device."""
+        target = torch.device(device)
+        return Dataset(self.images.to(target), self.labels.to(target), self.classes, self.space)
+
+    def joined(self, *others: Dataset) -> Dataset:
+        """These images followed by others of the same classes and space."""
+        for other in others:
+            if not same_space(self.space, other.space):
+                raise UserError(
+                    "images of two spaces cannot be mixed",
+                    got=f"{self.space.describe()['kind']} and {other.space.describe()['kind']}"
+                    if self.space.describe()["kind"] != other.space.describe()["kind"]
+                    else "two sets of constants",
+                    fix="bring them into one space with to_space",
+                )
+            if other.classes != self.classes or other.shape != self.shape:
+                raise UserError(
+                    "these datasets do not fit together",
+                    got=f"{self.shape}, {self.k} classes and {other.shape}, {other.k} classes",
+                )
+        return Dataset(
+            torch.cat([self.images, *(other.images for other in others)]),
+            self.labels.joined([other.labels for other in others]),
+            self.classes,
+            self.space,
+        )
+
+    def to_space(self, space: Space) -> Dataset:
+        """The same images in other units."""
+        if same_space(space, self.space):
+            return self
+        return Dataset(space.from_pixels(self.space.to_pixels(self.images)), self.labels, self.classes, space)
+
+    def pixels(self) -> torch.Tensor:
+        """The images as pixels; distilled ones may leave [0, 1]."""
+        return self.space.to_pixels(self.images)
+
+
+@dataclass(frozen=True, eq=False)
+class Splits:
+    """Real data cut in three. ``val`` comes out of the training data by a key; ``test`` chooses nothing."""
+
+    train: Dataset
+    val: Dataset
+    test: Dataset
+    source: str = "memory"
+
+    def __post_init__(self) -> None:
+        for name, part in (("train", self.train), ("val", self.val), ("test", self.test)):
+            if part.classes != self.train.classes or part.shape != self.train.shape:
+                raise UserError(
+                    f"the {name} split differs from the training split",
+                    got=f"{part.shape}, {part.k} classes",
+                    expected=f"{self.train.shape}, {self.train.k} classes",
+                )
+            if not same_space(part.space, self.train.space):
+                raise UserError(f"the {name} split is in another space than the training split")
+            if not len(part):
+                raise UserError(f"the {name} split is empty")
+            if part.labels.kind != "hard":
+                raise UserError("real data carries hard labels", got=f"{part.labels.kind} in {name}")
+
+    @property
+    def space(self) -> Space:
+        """The units of all three."""
+        return self.train.space
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A SHA-256 of the three splits."""
+        return fingerprint(self.train.fingerprint, self.val.fingerprint, self.test.fingerprint)
+
+    def to(self, device: torch.device | str) -> Splits:
+        """The same data on a device."""
+        return Splits(self.train.to(device), self.val.to(device), self.test.to(device), self.source)
+
+    def to_space(self, space: Space) -> Splits:
+        """The same data in other units."""
+        parts = (part.to_space(space) for part in (self.train, self.val, self.test))
+        return Splits(*parts, self.source)
+
+
+def check_per_class(data: Dataset, wanted: int, what: str = "images per class") -> None:
+    """Refuse to draw more images of a class than it has.
+
+    Raises:
+        UserError: a class is too small; the message names it and its size.
+    """
+    if wanted < 1:
+        raise UserError(f"{what} must be at least 1", got=str(wanted))
+    sizes = [len(index) for index in data.by_class]
+    least = min(range(data.k), key=sizes.__getitem__)
+    if sizes[least] < wanted:
+        raise UserError(
+            f"class {data.classes[least]!r} has {sizes[least]} images, {wanted} were asked for",
+            fix=f"ask for at most {sizes[least]} {what}",
+        )
+
+
+def stratified(labels: torch.Tensor, classes: int, counts: Sequence[int], order: torch.Tensor) -> list[torch.Tensor]:
+    """Cut items into parts, class by class, following ``order`` (a permutation of all items).
+
+    ``counts[p]`` is the share of part p in thousandths; the last part takes what remains.
+    Returned indices ascend within a part.
+    """
+    parts: list[list[torch.Tensor]] = [[] for _ in range(len(counts) + 1)]
+    for c in range(classes):
+        members = order[labels[order] == c]
+        start = 0
+        for part, share in zip(parts, counts, strict=False):
+            size = round(len(members) * share / 1000)
+            part.append(members[start : start + size])
+            start += size
+        parts[-1].append(members[start:])
+    return [torch.cat(part).sort().values for part in parts]

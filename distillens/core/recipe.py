@@ -1,0 +1,46 @@
+"""A training recipe: everything about training that is not the data, the network or the key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from distillens.core.checks import UserError, at_least, one_of, positive
+
+OPTIMISERS = ("sgd", "adam", "adamw")
+SCHEDULES = ("constant", "tenth_at_half", "cosine")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one model is trained. The labels name the loss.
+
+    ``steps`` are optimiser steps. ``batch`` is images a step, ``None`` the whole set at once;
+    batches run through a fresh permutation each pass and the last short one is kept, as the
+    field's loaders do. ``tenth_at_half`` multiplies the rate by 0.1 from step ``steps // 2 + 1``
+    and empties the momentum there, as the DC family's evaluation does. ``augment`` is a
+    strategy of differentiable siamese augmentation ("color_crop_cutout_flip_scale_rotate"; "" is none).
+    """
+
+    steps: int = 300
+    batch: int | None = None
+    optimiser: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "tenth_at_half", "cosine"] = "constant"
+    augment: str = ""
+
+    def __post_init__(self) -> None:
+        at_least(0, "recipe", steps=self.steps, momentum=self.momentum, weight_decay=self.weight_decay)
+        positive("recipe", lr=self.lr)
+        if self.momentum >= 1:
+            raise UserError("recipe: momentum must be below 1", got=f"{self.momentum!r}")
+        if self.batch is not None:
+            at_least(1, "recipe", batch=self.batch)
+        one_of("optimiser", self.optimiser, OPTIMISERS)
+        one_of("schedule", self.schedule, SCHEDULES)
+
+    def but(self, **changes: object) -> Recipe:
+        """The same recipe with some fields changed."""
+        return replace(self, **changes)  # type: ignore[arg-type]  # dataclasses checks the names

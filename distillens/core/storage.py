@@ -1,0 +1,112 @@
+"""Files that are whole or absent, and fingerprints of what they hold."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distillens.core.checks import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+_DISK_ERRORS = {
+    errno.ENOSPC: "the disk is full: free some space and run the command again, it goes on where it stopped",
+    errno.EDQUOT: "the disk quota is used up: free some space and run the command again",
+    errno.EROFS: "the file system is read-only: choose another folder with --to",
+    errno.EACCES: "there is no permission to write there: choose another folder with --to",
+    errno.ENOTDIR: "a part of the path is a file, not a folder: choose another folder with --to",
+    errno.ENOENT: "the folder has gone while the command was running",
+}
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: a temporary name beside it, then a rename.
+
+    Raises:
+        UserError: the disk is full, read-only, or not ours to write; the earlier file is untouched.
+    """
+    # The process number keeps two writers on one folder apart; the last rename wins, whole.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        try:
+            temporary.unlink(missing_ok=True)
+        except OSError:
+            pass  # the folder itself is out of reach: the first error says why
+        advice = _DISK_ERRORS.get(error.errno or 0, error.strerror or str(error))
+        raise UserError(f"cannot write {path}", fix=advice) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON with sorted keys, so that the same value gives the same bytes."""
+    write_bytes(path, (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in ``path``.
+
+    Raises:
+        UserError: there is no such file, or it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file {path}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON", got=str(error), fix="make it again") from error
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors as safetensors: the same tensors give the same bytes."""
+    from safetensors.torch import save
+
+    # Views of one memory are refused by the format: each tensor gets its own.
+    whole = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    write_bytes(path, save(whole, dict(metadata or {})))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors and the metadata in a safetensors file; nothing in it can run.
+
+    Raises:
+        UserError: there is no such file, or it is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, ValueError, OSError) as error:
+        raise UserError(f"{path} is not a whole safetensors file", got=str(error), fix="make it again") from error
+
+
+def fingerprint(*parts: Any) -> str:
+    """A SHA-256 of tensors (kind, shape, bytes), strings, bytes and JSON values, in order."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if hasattr(part, "detach"):
+            flat = part.detach().cpu().contiguous()
+            digest.update(f"{flat.dtype}{tuple(flat.shape)}".encode())
+            digest.update(memoryview(flat.numpy()).cast("B") if flat.numel() else b"")
+        elif isinstance(part, bytes):
+            digest.update(part)
+        else:
+            digest.update(json.dumps(part, sort_keys=True, allow_nan=False).encode())
+        digest.update(b"\0")
+    return digest.hexdigest()
