@@ -20,7 +20,14 @@ from distillens.core.labels import Labels, Teacher, restore_labels
 from distillens.core.recipe import Recipe
 from distillens.core.rng import Key
 from distillens.core.space import Space, restore_space
-from distillens.core.storage import fingerprint, read_json, read_tensors, write_bytes, write_json, write_tensors
+from distillens.core.storage import (
+    fingerprint,
+    read_json,
+    read_tensors,
+    write_bytes,
+    write_json,
+    write_tensors,
+)
 
 FORMAT = 1
 
@@ -96,22 +103,25 @@ class DistilledDataset:
     """A distilled set as it is stored.
 
     A *point* is a stored item: leave-one-out removes points. ``labels`` has one label a point.
-    ``recipe`` is the training that the set was made for, with a learned step size in it.
+    ``recipe`` is the training that the set was made for, with a learned step size in it. A method leaves
+    ``provenance`` empty: the pipeline writes it, and only a set that has one can be saved.
     """
 
     stored: Mapping[str, torch.Tensor]
     labels: Labels
     classes: tuple[str, ...]
     space: Space
-    provenance: Provenance
     decode: Decode = Pixels()
     recipe: Recipe | None = None
     order: Order | None = None
+    provenance: Provenance | None = None
 
     def __post_init__(self) -> None:
         points = self.decode.points(self.stored)
         if points != len(self.labels):
-            raise UserError("every stored point needs one label", got=f"{points} points, {len(self.labels)} labels")
+            raise UserError(
+                "every stored point needs one label", got=f"{points} points, {len(self.labels)} labels"
+            )
         data = self.dataset()
         if self.order is not None and int(self.order.steps.max()) >= len(data):
             raise UserError(
@@ -194,7 +204,12 @@ class DistilledDataset:
 
         Raises:
             UserError: the folder cannot be written.
+            ValueError: the set has no provenance.
         """
+        if self.provenance is None:
+            raise ValueError(
+                "a distilled set is saved with its provenance: dataclasses.replace(set, provenance=...)"
+            )
         tensors = {f"stored.{name}": tensor for name, tensor in self.stored.items()}
         tensors |= {f"labels.{name}": tensor for name, tensor in self.labels.tensors().items()}
         tensors |= {f"space.{name}": tensor for name, tensor in self.space.tensors().items()}
@@ -220,16 +235,25 @@ class DistilledDataset:
             UserError: a file is missing, damaged, or does not belong to the others.
         """
         if not (folder / "provenance.json").is_file():
-            raise UserError(f"there is no distilled set in {folder}", fix="make one with: distillens distill METHOD")
+            raise UserError(
+                f"there is no distilled set in {folder}", fix="make one with: distillens distill METHOD"
+            )
         saved = read_json(folder / "provenance.json")
         tensors, metadata = read_tensors(folder / "data.safetensors")
         try:
             about = json.loads(metadata["distillens"])
             if about["format"] != FORMAT:
                 raise UserError(
-                    f"{folder} was written by another version", got=f"format {about['format']}", expected=str(FORMAT)
+                    f"{folder} was written by another version",
+                    got=f"format {about['format']}",
+                    expected=str(FORMAT),
                 )
-            groups: dict[str, dict[str, torch.Tensor]] = {"stored": {}, "labels": {}, "space": {}, "order": {}}
+            groups: dict[str, dict[str, torch.Tensor]] = {
+                "stored": {},
+                "labels": {},
+                "space": {},
+                "order": {},
+            }
             for name, tensor in tensors.items():
                 group, _, rest = name.partition(".")
                 groups[group][rest] = tensor
@@ -239,13 +263,15 @@ class DistilledDataset:
                 restore_labels(kind, groups["labels"], about["labels"]),
                 tuple(about["classes"]),
                 restore_space(about["space"], groups["space"]),
-                Provenance.from_json({k: v for k, v in saved.items() if k != "fingerprint"}),
                 restore_decode(about["decode"]),
                 restore(about["recipe"]),
                 Order(**groups["order"]) if groups["order"] else None,
+                Provenance.from_json({k: v for k, v in saved.items() if k != "fingerprint"}),
             )
         except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise UserError(f"{folder} is not a whole distilled set", got=repr(error), fix="make it again") from error
+            raise UserError(
+                f"{folder} is not a whole distilled set", got=repr(error), fix="make it again"
+            ) from error
         if loaded.fingerprint != saved["fingerprint"]:
             raise UserError(
                 f"{folder} was changed after it was made: data.safetensors and provenance.json differ",
@@ -272,5 +298,7 @@ def preview(data: Dataset, limit: int = 1000) -> bytes:
     zoom = max(1, 4 * 8 // h)
     picture = Image.fromarray(array)
     buffer = io.BytesIO()
-    picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST).save(buffer, "PNG")
+    picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST).save(
+        buffer, "PNG"
+    )
     return buffer.getvalue()

@@ -74,7 +74,9 @@ def override(value: T, assignments: Sequence[str]) -> T:
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         if not equals or not path:
-            raise UserError("a setting is written NAME=VALUE", got=repr(assignment), fix="--set steps=500, say")
+            raise UserError(
+                "a setting is written NAME=VALUE", got=repr(assignment), fix="--set steps=500, say"
+            )
         value = _set(value, path.strip().split("."), text.strip(), path.strip())
     return value
 

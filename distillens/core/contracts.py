@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -133,8 +133,11 @@ class Distiller(Protocol):
     def step(self, problem: Problem, state: State, i: int) -> tuple[State, Log]:
         """The state after step i, and what to show of it."""
 
-    def finish(self, problem: Problem, state: State) -> Any:
-        """The distilled images and labels (a ``distillers.Draft``); the pipeline adds provenance."""
+    def work(self, problem: Problem) -> float:
+        """Forward passes of one image that all steps cost together: what a forecast starts from."""
+
+    def finish(self, problem: Problem, state: State) -> DistilledDataset:
+        """The distilled set; the pipeline adds its provenance."""
 
 
 R_co = TypeVar("R_co", bound=Result, covariant=True)
@@ -154,5 +157,12 @@ class Analysis(Protocol[R_co]):
     def defaults(cls, like: Dataset) -> Analysis[R_co]:
         """Settings that fit the data."""
 
+    def trainings(self, sets: Sets, real: Splits, *, key: Key) -> Sequence[Any]:
+        """Every training that the answer needs (``train.Training`` values).
+
+        Known before any of it runs, so that a study can count them, forecast its time, train them all
+        together and none of them twice.
+        """
+
     def __call__(self, sets: Sets, real: Splits, runs: Any, *, key: Key) -> R_co:
-        """The answer."""
+        """The answer. It trains nothing but ``trainings``, through ``runs``."""

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 
 from distillens.core.checks import UserError
-from distillens.core.labels import Hard, Labels
+from distillens.core.labels import Labels
 from distillens.core.space import Space, same_space
 from distillens.core.storage import fingerprint
 
@@ -18,7 +18,7 @@ from distillens.core.storage import fingerprint
 class Dataset:
     """Images [n, c, h, w] (float) in ``space``, labels, class names. Checked at birth, never changed.
 
-    The device is where the images live. ``labels`` may be given as an int64 tensor [n].
+    The device is where the images live.
 
     Raises:
         UserError: shapes, kinds or ranges do not fit, or an image holds a number that is not finite.
@@ -30,8 +30,6 @@ class Dataset:
     space: Space
 
     def __post_init__(self) -> None:
-        if isinstance(self.labels, torch.Tensor):
-            object.__setattr__(self, "labels", Hard(self.labels))
         if self.images.ndim != 4 or not self.images.is_floating_point():
             raise UserError(
                 "images do not fit",
@@ -50,7 +48,8 @@ class Dataset:
         if not bool(finite.all()):
             bad = int((~finite).nonzero()[0])
             raise UserError(
-                f"{int((~finite).sum())} images hold numbers that are not finite", got=f"image {bad}, the first"
+                f"{int((~finite).sum())} images hold numbers that are not finite",
+                got=f"image {bad}, the first",
             )
 
     def __len__(self) -> int:
@@ -173,8 +172,8 @@ class Splits:
 
     def to_space(self, space: Space) -> Splits:
         """The same data in other units."""
-        parts = (part.to_space(space) for part in (self.train, self.val, self.test))
-        return Splits(*parts, self.source)
+        train, val, test = (part.to_space(space) for part in (self.train, self.val, self.test))
+        return Splits(train, val, test, self.source)
 
 
 def check_per_class(data: Dataset, wanted: int, what: str = "images per class") -> None:
@@ -194,7 +193,9 @@ def check_per_class(data: Dataset, wanted: int, what: str = "images per class") 
         )
 
 
-def stratified(labels: torch.Tensor, classes: int, counts: Sequence[int], order: torch.Tensor) -> list[torch.Tensor]:
+def stratified(
+    labels: torch.Tensor, classes: int, counts: Sequence[int], order: torch.Tensor
+) -> list[torch.Tensor]:
     """Cut items into parts, class by class, following ``order`` (a permutation of all items).
 
     ``counts[p]`` is the share of part p in thousandths; the last part takes what remains.

@@ -36,7 +36,9 @@ class Decode(Protocol):
 def _one(stored: Stored, *names: str) -> None:
     if set(stored) != set(names):
         raise UserError(
-            "the stored tensors do not fit their decoder", got=", ".join(sorted(stored)), expected=", ".join(names)
+            "the stored tensors do not fit their decoder",
+            got=", ".join(sorted(stored)),
+            expected=", ".join(names),
         )
 
 

@@ -52,7 +52,9 @@ class Labels(ABC):
 
     def to(self, device: torch.device) -> Labels:
         """The same labels on a device."""
-        return restore_labels(self.kind, {k: v.to(device) for k, v in self.tensors().items()}, self.settings())
+        return restore_labels(
+            self.kind, {k: v.to(device) for k, v in self.tensors().items()}, self.settings()
+        )
 
     def joined(self, others: Sequence[Labels]) -> Labels:
         """These labels followed by others of the same kind."""
@@ -84,7 +86,9 @@ class Hard(Labels):
     def loss(self, logits: torch.Tensor) -> torch.Tensor:
         """``-log softmax(logits)[label]``."""
         target = self.index.expand(logits.shape[:-1])
-        return F.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none").view(logits.shape[:-1])
+        return F.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none").view(
+            logits.shape[:-1]
+        )
 
     def hard(self) -> torch.Tensor:
         """The indices."""
@@ -222,7 +226,9 @@ class Teacher(Labels):
 
     def view(self, index: int) -> Teacher:
         """The labels of one view, still a table of views (of one)."""
-        return Teacher(self.ref, self.views[index : index + 1], self.seed, self.temperature, self.teacher_bytes)
+        return Teacher(
+            self.ref, self.views[index : index + 1], self.seed, self.temperature, self.teacher_bytes
+        )
 
     def take(self, index: torch.Tensor) -> Teacher:
         """The labels of some items, all views."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
 from distillens.core.checks import UserError
 from distillens.core.storage import read_json, read_tensors, write_bytes, write_json, write_tensors
@@ -280,7 +280,8 @@ def _encode(value: Any, tensors: dict[str, Any], place: str) -> Any:
         return {"tensor": place}
     if isinstance(value, Estimate | Claim | Result):
         kind = type(value)
-        encoded = {f.name: _encode(getattr(value, f.name), tensors, f"{place}.{f.name}") for f in fields(value)}  # type: ignore[arg-type]  # results are dataclasses
+        names = [f.name for f in fields(cast(Any, value))]
+        encoded = {name: _encode(getattr(value, name), tensors, f"{place}.{name}") for name in names}
         return {"is": f"{kind.__module__}.{kind.__qualname__}", **encoded}
     if isinstance(value, Mapping):
         return {"map": [[k, _encode(v, tensors, f"{place}.{k}")] for k, v in value.items()]}

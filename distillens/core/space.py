@@ -145,7 +145,9 @@ class Zca:
     ) -> torch.Tensor:
         if tuple(images.shape[1:]) != self.shape:
             raise UserError(
-                "images do not fit their space", got=f"shape {tuple(images.shape)}", expected=f"[n, {self.shape}]"
+                "images do not fit their space",
+                got=f"shape {tuple(images.shape)}",
+                expected=f"[n, {self.shape}]",
             )
         flat = images.flatten(1)
         moved = (flat + before.to(flat)) @ matrix.to(flat) + after.to(flat)
@@ -172,7 +174,9 @@ def restore_space(description: dict[str, Any], tensors: dict[str, torch.Tensor])
         c, h, w = description["shape"]
         space = Zca(description["zca"], (c, h, w), tensors["mean"], tensors["matrix"], tensors["inverse"])
         if space.describe() != description:
-            raise UserError("a whitening matrix differs from the one that was recorded", fix="make the file again")
+            raise UserError(
+                "a whitening matrix differs from the one that was recorded", fix="make the file again"
+            )
         return space
     raise UserError("unknown space", got=repr(kind), expected="pixel, standardised or zca")
 

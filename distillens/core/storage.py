@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,10 +42,8 @@ def write_bytes(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        try:
+        with suppress(OSError):  # the folder itself may be out of reach: the first error says why
             temporary.unlink(missing_ok=True)
-        except OSError:
-            pass  # the folder itself is out of reach: the first error says why
         advice = _DISK_ERRORS.get(error.errno or 0, error.strerror or str(error))
         raise UserError(f"cannot write {path}", fix=advice) from error
 
@@ -93,7 +92,9 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         with safe_open(str(path), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, ValueError, OSError) as error:
-        raise UserError(f"{path} is not a whole safetensors file", got=str(error), fix="make it again") from error
+        raise UserError(
+            f"{path} is not a whole safetensors file", got=str(error), fix="make it again"
+        ) from error
 
 
 def fingerprint(*parts: Any) -> str:

@@ -1,0 +1,101 @@
+"""DM, distribution matching."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from distillens import augment
+from distillens.core.artefact import DistilledDataset
+from distillens.core.checks import at_least, one_of, positive
+from distillens.core.contracts import Log, Net, Problem, State
+from distillens.core.dataset import Dataset
+from distillens.distillers._pixels import Init, begin, finished, initial, moved, real_batch, small
+from distillens.nets.convnet import ConvNet
+
+
+@dataclass(frozen=True)
+class DM:
+    """Each class's mean feature under random networks is made that of the real images.
+
+    min_S  E_theta  sum_c || mean psi_theta(A(T_c)) - mean psi_theta(A(S_c)) ||^2, with a fresh network at
+    every step, never trained, and one siamese draw A a class and step shared by its real and distilled images.
+
+    Source: Zhao & Bilen 2023, equation 4; ``main_DM.py``. Where we differ: all classes go through the network
+    as one batch (instance norm keeps images apart, so the gradient is the same), and draws come from keys.
+    """
+
+    paper: ClassVar[str] = "Zhao & Bilen 2023"
+    family: ClassVar[str] = "distribution"
+    selects: ClassVar[bool] = False
+    soft_labels: ClassVar[bool] = False
+    learns_lr: ClassVar[bool] = False
+    needs_experts: ClassVar[bool] = False
+
+    steps: int = 20_000
+    lr_img: float = 1.0
+    momentum: float = 0.5
+    batch_real: int = 256
+    augment: str = "color_crop_cutout_flip_scale_rotate"
+    init: Init = "real"
+    net: Net = field(default_factory=ConvNet)
+
+    def __post_init__(self) -> None:
+        at_least(0, "dm", steps=self.steps, momentum=self.momentum)
+        positive("dm", lr_img=self.lr_img)
+        at_least(1, "dm", batch_real=self.batch_real)
+        one_of("init", self.init, ("real", "noise"))
+        augment.parse(self.augment)
+
+    @classmethod
+    def defaults(cls, like: Dataset, ipc: int) -> DM:
+        """The authors' values; on digits' scale fewer steps, and the augmentations that keep a digit one."""
+        net = ConvNet.defaults(like)
+        if small(like):
+            return cls(steps=300, lr_img=1.0, batch_real=64, augment="", net=net)
+        return cls(lr_img=10.0 if ipc >= 100 else 1.0, net=net)
+
+    def needs(self, problem: Problem) -> Mapping[str, Any]:
+        """Nothing."""
+        return {}
+
+    def start(self, problem: Problem) -> State:
+        """The initial images."""
+        return begin(initial(problem, self.init))
+
+    def step(self, problem: Problem, state: State, i: int) -> tuple[State, Log]:
+        """One matching step under a fresh network."""
+        key = problem.key.fold("step", i)
+        params, buffers = self.net.init(problem.real, key.fold("net"))
+        params = {name: value.to(problem.real.images) for name, value in params.items()}
+        real = real_batch(problem, key.fold("real"), self.batch_real)
+        images = state.tensors["images"].detach().requires_grad_()
+        k = problem.real.k
+        draws = [augment.draw(self.augment, key.fold("augment", c)) for c in range(k)]
+        with torch.no_grad():
+            seen = torch.cat([augment.apply(batch, a) for batch, a in zip(real, draws, strict=True)])
+            target = _by_class(self.net.features(params, buffers, seen)[0], k).mean(1)
+        shown = torch.cat(
+            [augment.apply(own, a) for own, a in zip(_by_class(images, k), draws, strict=True)]
+        )
+        ours = _by_class(self.net.features(params, buffers, shown)[0], k).mean(1)
+        loss = (target - ours).square().sum()
+        (gradient,) = torch.autograd.grad(loss, images)
+        return moved(state, gradient, self.lr_img, self.momentum), {"loss": float(loss.detach())}
+
+    def work(self, problem: Problem) -> float:
+        """One forward of the real batch, forward and backward of the distilled images."""
+        real = min(self.batch_real, min(map(len, problem.by_class)))
+        return self.steps * problem.real.k * (real + 3.0 * problem.ipc)
+
+    def finish(self, problem: Problem, state: State) -> DistilledDataset:
+        """The images."""
+        return finished(problem, state.tensors["images"])
+
+
+def _by_class(items: torch.Tensor, k: int) -> torch.Tensor:
+    """Class-major items [k * n, ...] as [k, n, ...]."""
+    return items.reshape(k, -1, *items.shape[1:])

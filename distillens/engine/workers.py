@@ -1,0 +1,206 @@
+"""The same work in this process or in several, with the same bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors.torch import load_file
+
+from distillens.core.checks import at_least
+from distillens.core.storage import write_tensors
+
+LARGE = 1 << 22  # bytes from which a tensor travels once, by file, instead of with every job
+TRIES = 3  # how often a job whose worker died is tried
+
+
+class Engine:
+    """Runs jobs in ``workers`` processes of ``threads`` threads each; one worker is this process.
+
+    A job is a function of the package and its arguments. Nothing of a job depends on which worker
+    runs it, so one worker and many give the same bytes. A worker that dies has its jobs run again.
+    """
+
+    def __init__(self, workers: int = 1, threads: int = 1) -> None:
+        at_least(1, "engine", workers=workers, threads=threads)
+        self.workers = workers
+        self.threads = threads
+        self._pool: ProcessPoolExecutor | None = None
+        self._spool: tempfile.TemporaryDirectory[str] | None = None
+        self._sent: dict[int, tuple[torch.Tensor, str]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the workers at once and remove what was passed to them."""
+        self._stop()
+        self._sent.clear()
+        if self._spool is not None:
+            self._spool.cleanup()
+            self._spool = None
+
+    def map(self, function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+        """Yield (index, result) as jobs finish; an error in a job is raised here."""
+        if self.workers == 1 or len(jobs) < 2:
+            for index, job in enumerate(jobs):
+                with _threads(self.threads):
+                    result = function(*job)
+                yield index, result
+            return
+        yield from self._map_processes(function, jobs)
+
+    def _map_processes(
+        self, function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]]
+    ) -> Iterator[tuple[int, Any]]:
+        todo = list(range(len(jobs)))[::-1]
+        tries = [0] * len(jobs)
+        running: dict[Future[Any], int] = {}
+        try:
+            while todo or running:
+                # Few jobs wait in the pool: the rest is packed when its turn comes.
+                while todo and len(running) < 2 * self.workers:
+                    index = todo.pop()
+                    running[self._submit(_pack(self, function, jobs[index]))] = index
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    index = running.pop(future)
+                    try:
+                        yield index, future.result()
+                    except BrokenProcessPool:
+                        lost = [index, *running.values()]
+                        running.clear()
+                        self._stop()
+                        for again in lost:
+                            tries[again] += 1
+                            if tries[again] >= TRIES:
+                                raise
+                        todo += sorted(lost, reverse=True)
+                        break
+        except BaseException:
+            self._stop()
+            raise
+
+    def _submit(self, packed: bytes) -> Future[Any]:
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(
+                self.workers, multiprocessing.get_context("forkserver"), _begin, (self.threads,)
+            )
+        try:
+            return self._pool.submit(_run, packed)
+        except BrokenProcessPool:
+            # A worker died between two jobs: nothing was lost, a new pool takes over.
+            self._stop()
+            return self._submit(packed)
+
+    def _stop(self) -> None:
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            processes = list((getattr(pool, "_processes", None) or {}).values())
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in processes:
+                process.kill()
+            for process in processes:
+                process.join()
+
+    def spool(self, tensor: torch.Tensor) -> str:
+        """The file through which workers read a large tensor; written once."""
+        known = self._sent.get(id(tensor))
+        if known is not None:
+            return known[1]
+        if self._spool is None:
+            self._spool = tempfile.TemporaryDirectory(prefix="distillens-")
+        path = Path(self._spool.name) / f"{len(self._sent)}.safetensors"
+        write_tensors(path, {"tensor": tensor})
+        self._sent[id(tensor)] = (tensor, str(path))  # holding the tensor keeps its id its own
+        return str(path)
+
+
+class _Pickler(pickle.Pickler):
+    def __init__(self, buffer: io.BytesIO, engine: Engine) -> None:
+        super().__init__(buffer, pickle.HIGHEST_PROTOCOL)
+        self.engine = engine
+
+    def persistent_id(self, item: Any) -> str | None:
+        if isinstance(item, torch.Tensor) and item.numel() * item.element_size() >= LARGE:
+            return self.engine.spool(item)
+        return None
+
+
+class _Unpickler(pickle.Unpickler):
+    def persistent_load(self, name: Any) -> torch.Tensor:
+        return _read(name)
+
+
+@lru_cache(maxsize=16)
+def _read(name: str) -> torch.Tensor:
+    return load_file(name)["tensor"]
+
+
+def _pack(engine: Engine, function: Callable[..., Any], job: tuple[Any, ...]) -> bytes:
+    buffer = io.BytesIO()
+    _Pickler(buffer, engine).dump((function, job))
+    return buffer.getvalue()
+
+
+def _run(packed: bytes) -> Any:
+    # These bytes come from the parent process through a pipe, never from a file.
+    function, job = _Unpickler(io.BytesIO(packed)).load()
+    return function(*job)
+
+
+def _begin(threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends its workers
+    torch.set_num_threads(threads)
+    settle_process()
+
+
+def settle_process() -> None:
+    """Settings for a process that is ours (the command, its workers), never made by an import.
+
+    glibc gives large blocks back to the system and faults them in again at every step, which costs more than
+    the arithmetic of a small network; here it keeps them. A worker also ends when its parent does.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block by mmap
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never trim
+        if multiprocessing.parent_process() is not None:
+            libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+@contextlib.contextmanager
+def _threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,189 @@
+"""The summary as one self-contained page."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from distillens.core.result import Estimate, Table, Verdict
+from distillens.report import numerals
+from distillens.report.glyph import Axis, Glyph, draw
+from distillens.report.summary import VERDICTS, Finding, Picture, Summary, TestedClaim
+
+# The paper's colours stand for families, so that a new method gets its family's.
+_FAMILIES = ("unrolled", "distribution", "gradient", "trajectory", "coreset")
+_FAMILY_OF = {
+    "bptt": "unrolled",
+    "dm": "distribution",
+    "dc": "gradient",
+    "gm": "gradient",
+    "mtt": "trajectory",
+    "tm": "trajectory",
+    "random": "coreset",
+    "random_subset": "coreset",
+    "herding": "coreset",
+    "real": "real",
+    "full": "real",
+}
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A finding in the table of claims."""
+
+    anchor: str
+    finding: Finding
+    glyph: Glyph
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """A verdict in the matrix, and the row it comes from."""
+
+    anchor: str
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """Claims by analysis, against subjects and sizes; a cell has a mark for every run that tested it."""
+
+    subjects: tuple[str, ...]
+    ipcs: tuple[float | None, ...]
+    groups: tuple[tuple[str, tuple[tuple[str, tuple[tuple[_Mark, ...], ...]], ...]], ...]
+
+
+def to_html(summary: Summary) -> str:
+    """The report as one HTML page that loads nothing: style, script and pictures are inside."""
+    environment = Environment(
+        loader=PackageLoader("distillens.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    families = {s.name: s.family for size in summary.sizes for s in size.sets}
+
+    def colour(name: str) -> str:
+        first = re.split(r"[^\w-]", name, maxsplit=1)[0]
+        family = families.get(name) or families.get(first) or _FAMILY_OF.get(name) or _FAMILY_OF.get(first)
+        return family if family in (*_FAMILIES, "real") else "other"
+
+    environment.filters |= {
+        "colour": colour,
+        "number": numerals.number,
+        "value": numerals.value_text,
+        "interval": numerals.interval_text,
+        "ipc": numerals.ipc_text,
+        "duration": numerals.duration,
+        "bar": numerals.bar,
+        "uri": _uri,
+        "pretty": _pretty,
+        "slug": lambda text: re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-"),
+        "words": lambda text: text.replace("_", " "),
+    }
+    environment.tests |= {
+        "estimate": lambda value: isinstance(value, Estimate),
+        "unbounded": lambda e: math.isinf(e.low) and math.isinf(e.high),
+    }
+    rows = _rows(summary)
+    style, script = _source(environment, "report.css"), _source(environment, "report.js")
+    return environment.get_template("report.html").render(
+        summary=summary,
+        several=len(summary.runs) > 1,
+        rows=rows,
+        matrix=_matrix(summary, rows),
+        verdicts=VERDICTS,
+        replication=_replication,
+        numeric=_numeric,
+        style=style,
+        script=script,
+        policy=_policy(style, script),
+    )
+
+
+def _rows(summary: Summary) -> dict[TestedClaim, tuple[_Row, ...]]:
+    """The rows of every claim; claims of one name share an axis."""
+    claims = [claim for subject in summary.subjects for claim in subject.claims]
+    named: dict[tuple[str, str], list[TestedClaim]] = {}
+    for claim in claims:
+        named.setdefault((claim.analysis, claim.name), []).append(claim)
+    axes = {name: Axis.over(group) for name, group in named.items()}
+    rows = {}
+    for i, claim in enumerate(claims, 1):
+        axis = axes[claim.analysis, claim.name]
+        rows[claim] = tuple(
+            _Row(f"claim-{i}-{j}", finding, draw(claim, finding.estimate, axis))
+            for j, finding in enumerate(claim.findings, 1)
+        )
+    return rows
+
+
+def _matrix(summary: Summary, rows: Mapping[TestedClaim, tuple[_Row, ...]]) -> _Matrix:
+    marks: dict[tuple[str, str, str, float | None], tuple[_Mark, ...]] = {}
+    names: dict[str, dict[str, None]] = {}
+    titles: dict[str, str] = {}
+    for question in summary.questions:
+        for analysis in question.analyses:
+            names[analysis.name] = {}
+            titles[analysis.name] = analysis.title
+    for claim, its_rows in rows.items():
+        names[claim.analysis][claim.name] = None
+        for row in its_rows:
+            cell = (claim.analysis, claim.name, claim.subject, row.finding.ipc)
+            marks[cell] = (*marks.get(cell, ()), _Mark(row.anchor, row.finding.verdict))
+    subjects, ipcs = tuple(subject.name for subject in summary.subjects), summary.ipcs
+    groups = tuple(
+        (
+            titles[analysis],
+            tuple(
+                (name, tuple(marks.get((analysis, name, s, ipc), ()) for s in subjects for ipc in ipcs))
+                for name in own
+            ),
+        )
+        for analysis, own in names.items()
+        if own
+    )
+    return _Matrix(subjects, ipcs, groups)
+
+
+def _replication(table: Table) -> Estimate | None:
+    """An estimate that speaks for the n, unit and level of all in the table, where they agree."""
+    estimates = [cell for row in table.rows for cell in row if isinstance(cell, Estimate)]
+    return estimates[0] if len({(e.n, e.unit, e.level) for e in estimates}) == 1 else None
+
+
+def _numeric(table: Table, column: int) -> bool:
+    return all(not isinstance(row[column], str) for row in table.rows if column < len(row))
+
+
+def _uri(picture: Picture) -> str:
+    return "data:image/png;base64," + base64.b64encode(picture.data).decode()
+
+
+def _pretty(value: Any) -> str:
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
+
+
+def _source(environment: Environment, name: str) -> Markup:
+    """A file of ours, put into the page as it is."""
+    assert environment.loader is not None
+    return Markup(environment.loader.get_source(environment, name)[0])
+
+
+def _policy(style: str, script: str) -> str:
+    """A policy under which the page runs our script only and can reach no network."""
+
+    def digest(text: str) -> str:
+        return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+    return f"default-src 'none'; img-src data:; style-src 'sha256-{digest(style)}'; script-src 'sha256-{digest(script)}'"

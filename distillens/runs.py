@@ -1,0 +1,146 @@
+"""The store of training: every population is made once and shared by all who ask for it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from distillens.core.checks import UserError
+from distillens.core.config import describe
+from distillens.core.storage import fingerprint, read_tensors, write_tensors
+from distillens.core.vector import Shapes
+from distillens.engine.plan import Plan
+from distillens.engine.workers import Engine
+from distillens.train import Population, Training, chunks, train_chunk
+
+Report = Callable[[int, int], None]  # (models done, models in all)
+
+
+class Runs:
+    """Populations by content: data, network, recipe, keys, what is kept, plan and torch version.
+
+    Trained chunks lie as safetensors in ``folder`` (in memory without one), each written whole or not at
+    all, so that an interrupted request goes on where it stopped. ``limit`` bounds the folder in bytes: what was
+    used longest ago goes first, never what this process has used. ``trained`` counts, for each model
+    by identity, how often it was trained here.
+    """
+
+    def __init__(
+        self, plan: Plan, engine: Engine | None = None, folder: Path | None = None, limit: int = 8 << 30
+    ) -> None:
+        self.plan = plan
+        self.engine = engine or Engine(1, plan.threads)
+        self.folder = folder
+        self.limit = limit
+        self.trained: Counter[str] = Counter()
+        self._memory: dict[str, Population] = {}
+        self._used: set[Path] = set()
+
+    def get(self, *trainings: Training, report: Report | None = None) -> list[Population]:
+        """One population a training, made now where the store has none.
+
+        All missing chunks of all trainings go to the engine together.
+        """
+        self.make(trainings, report=report)
+        return [Population.joined([self._load(part) for part in chunks(t, self.plan)]) for t in trainings]
+
+    def make(self, trainings: Iterable[Training], *, report: Report | None = None) -> None:
+        """See that the store has these populations, without reading them."""
+        parts = list(self._missing(trainings))
+        total = sum(len(part.keys) for part in parts)
+        # Long jobs first: the workers end together.
+        parts.sort(key=lambda part: -part.image_steps)
+        done = 0
+        for index, population in self.engine.map(train_chunk, [(part, self.plan) for part in parts]):
+            self._save(parts[index], population)
+            self.trained.update(parts[index].identities())
+            done += len(parts[index].keys)
+            if report is not None:
+                report(done, total)
+        if parts:
+            self._shrink()
+
+    def missing(self, trainings: Iterable[Training]) -> list[Training]:
+        """The chunks that ``make`` would train."""
+        return list(self._missing(trainings))
+
+    def _missing(self, trainings: Iterable[Training]) -> Iterator[Training]:
+        asked: set[str] = set()
+        for training in trainings:
+            for part in chunks(training, self.plan):
+                name = self._name(part)
+                if name in asked:
+                    continue
+                asked.add(name)
+                if self.folder is None:
+                    present = name in self._memory
+                else:
+                    present = self._path(name).is_file()
+                    self._used.add(self._path(name))
+                if not present:
+                    yield part
+
+    def _name(self, part: Training) -> str:
+        return fingerprint(part.fingerprint, describe(self.plan), torch.__version__, part.data.device.type)
+
+    def _path(self, name: str) -> Path:
+        assert self.folder is not None
+        return self.folder / name[:2] / f"{name[2:40]}.safetensors"
+
+    def _save(self, part: Training, population: Population) -> None:
+        name = self._name(part)
+        if self.folder is None:
+            self._memory[name] = population
+            return
+        tensors = {"final": population.final, "snapshots": population.snapshots}
+        tensors |= {f"seen.{n}": value for n, value in population.seen.items()}
+        tensors |= {f"buffers.{n}": value for n, value in population.buffers.items()}
+        about = {
+            "moments": population.moments,
+            "seen_moments": population.seen_moments,
+            "names": population.shapes.names,
+            "shapes": population.shapes.shapes,
+        }
+        write_tensors(self._path(name), tensors, {"about": json.dumps(about)})
+
+    def _load(self, part: Training) -> Population:
+        name = self._name(part)
+        if self.folder is None:
+            return self._memory[name]
+        path = self._path(name)
+        try:
+            tensors, metadata = read_tensors(path)
+            about = json.loads(metadata["about"])
+        except (UserError, KeyError):
+            # A damaged file is worth no more than none: it is made again.
+            path.unlink(missing_ok=True)
+            self.make([part])
+            tensors, metadata = read_tensors(path)
+            about = json.loads(metadata["about"])
+        path.touch()
+        return Population(
+            part.net,
+            Shapes(tuple(about["names"]), tuple(tuple(s) for s in about["shapes"])),
+            tensors["final"],
+            tuple(about["moments"]),
+            tensors["snapshots"],
+            tuple(about["seen_moments"]),
+            {n[5:]: value for n, value in tensors.items() if n.startswith("seen.")},
+            {n[8:]: value for n, value in tensors.items() if n.startswith("buffers.")},
+        )
+
+    def _shrink(self) -> None:
+        if self.folder is None:
+            return
+        files = [(p.stat().st_mtime, p.stat().st_size, p) for p in self.folder.glob("*/*.safetensors")]
+        total = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
+            if total <= self.limit:
+                return
+            if path not in self._used:
+                path.unlink(missing_ok=True)
+                total -= size

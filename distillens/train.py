@@ -1,0 +1,414 @@
+"""Training many models at once: one value in, one population out.
+
+Everything that trains goes through here: the leave-one-out models, the subset models, the evaluation
+nets, the experts, the judges.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+
+from distillens import augment
+from distillens.core.artefact import DistilledDataset, Order
+from distillens.core.checks import UserError
+from distillens.core.config import describe
+from distillens.core.contracts import Buffers, Net, Params
+from distillens.core.dataset import Dataset
+from distillens.core.labels import Teacher
+from distillens.core.recipe import Recipe
+from distillens.core.rng import Key
+from distillens.core.storage import fingerprint
+from distillens.core.vector import Shapes
+from distillens.engine.plan import Plan
+
+Progress = Callable[[int], None]  # told how many training steps (of one model) are newly done
+
+
+@dataclass(frozen=True, eq=False)
+class Observe:
+    """What to write down while models train: predicted classes on ``data`` after the steps ``moments``."""
+
+    moments: tuple[int, ...]
+    data: Mapping[str, Dataset]
+
+
+@dataclass(frozen=True, eq=False)
+class Training:
+    """A population to train: m models of one network, recipe and dataset, told apart by their keys.
+
+    A model's key gives its initialisation (``fold("init")``), batches and augmentation, each by name.
+    ``subsets[j]`` are the images that model j sees; ``weights`` [m, n] weighs the images in model j's mean
+    loss (0 leaves one out) and needs full batches, so that the batches do not depend on the weights.
+    ``snapshots`` are steps after which the parameters are kept (0 is the initialisation); the last are
+    always kept. ``order`` replays a distilled set's ordered steps in place of the recipe's batches and rate.
+
+    Raises:
+        UserError: subsets, weights, order or moments do not fit.
+    """
+
+    data: Dataset
+    net: Net
+    recipe: Recipe
+    keys: tuple[Key, ...]
+    subsets: tuple[torch.Tensor, ...] | None = None
+    weights: torch.Tensor | None = None
+    snapshots: tuple[int, ...] = ()
+    observe: Observe | None = None
+    order: Order | None = None
+
+    def __post_init__(self) -> None:
+        m, n = len(self.keys), len(self.data)
+        if not m or not n:
+            raise UserError("a training needs a model and an image", got=f"{m} models, {n} images")
+        augment.parse(self.recipe.augment)
+        if self.subsets is not None and len(self.subsets) != m:
+            raise UserError("every model needs one subset", got=f"{len(self.subsets)} subsets for {m} models")
+        if self.weights is not None:
+            if tuple(self.weights.shape) != (m, n):
+                raise UserError(
+                    "example weights do not fit", got=str(tuple(self.weights.shape)), expected=f"[{m}, {n}]"
+                )
+            if self.subsets is not None or (self.recipe.batch is not None and self.recipe.batch < n):
+                raise UserError(
+                    "example weights need full batches of the whole set", fix="leave points out by subsets"
+                )
+            if self.net.mixes_examples:
+                raise UserError(
+                    "example weights need a network that does not mix examples",
+                    got=type(self.net).__name__,
+                    fix="leave points out by subsets",
+                )
+            if bool((self.weights < 0).any()) or bool((self.weights.sum(1) <= 0).any()):
+                raise UserError("example weights must be from 0 up, with some above 0 in each model")
+        late = [
+            t for t in (*self.snapshots, *(self.observe.moments if self.observe else ())) if t > self.steps
+        ]
+        if late:
+            raise UserError(
+                "a moment lies after the last step", got=str(max(late)), expected=f"up to {self.steps}"
+            )
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of each model."""
+        return self.recipe.steps if self.order is None else len(self.order.lr)
+
+    @property
+    def image_steps(self) -> int:
+        """Images seen, summed over steps and models: the measure of the work."""
+        sizes = [len(self.data)] * len(self.keys) if self.subsets is None else [len(s) for s in self.subsets]
+        return self.steps * sum(min(size, self.recipe.batch or size) for size in sizes)
+
+    def models(self, start: int, stop: int) -> Training:
+        """The training of some of the models."""
+        return replace(
+            self,
+            keys=self.keys[start:stop],
+            subsets=None if self.subsets is None else self.subsets[start:stop],
+            weights=None if self.weights is None else self.weights[start:stop],
+        )
+
+    def identities(self) -> list[str]:
+        """For each model a name of what is trained: data, network, recipe, key (not what is kept)."""
+        base = [self.data.fingerprint, describe(self.net), describe(self.recipe), *self._order_parts()]
+        return [
+            fingerprint(
+                *base,
+                key.to_json(),
+                *([] if self.subsets is None else [self.subsets[j]]),
+                *([] if self.weights is None else [self.weights[j]]),
+            )
+            for j, key in enumerate(self.keys)
+        ]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A SHA-256 of what is trained and what is kept."""
+        seen = [] if self.observe is None else [self.observe.moments]
+        watched = {} if self.observe is None else {n: d.fingerprint for n, d in self.observe.data.items()}
+        return fingerprint(self.identities(), list(self.snapshots), seen, watched)
+
+    def _order_parts(self) -> list[torch.Tensor]:
+        return [] if self.order is None else [self.order.steps, self.order.lr]
+
+
+@dataclass(frozen=True, eq=False)
+class Population:
+    """m trained models: parameters [m, P], snapshots [m, t, P], observed classes [m, t, n] by name."""
+
+    net: Net
+    shapes: Shapes
+    final: torch.Tensor
+    moments: tuple[int, ...]
+    snapshots: torch.Tensor
+    seen_moments: tuple[int, ...] = ()
+    seen: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return self.final.shape[0]
+
+    def at(self, moment: int) -> torch.Tensor:
+        """The parameters [m, P] after ``moment`` steps."""
+        return self.snapshots[:, self.moments.index(moment)]
+
+    def logits(self, data: Dataset, flat: torch.Tensor | None = None, batch: int = 2048) -> torch.Tensor:
+        """Logits [m, n, k] of the final models, or of the parameters ``flat`` [m, P]."""
+        flat = self.final if flat is None else flat
+        images = data.images.to(flat)
+        outputs = []
+        with torch.no_grad():
+            for j in range(len(flat)):
+                params = self.shapes.unflatten(flat[j])
+                buffers = {name: value[j] for name, value in self.buffers.items()}
+                outputs.append(
+                    torch.cat([self.net.logits(params, buffers, x)[0] for x in torch.split(images, batch)])
+                )
+        return torch.stack(outputs)
+
+    def losses(self, data: Dataset) -> torch.Tensor:
+        """The loss of each image under each final model, [m, n]."""
+        return torch.stack([data.labels.loss(logits) for logits in self.logits(data)])
+
+    def predictions(self, data: Dataset) -> torch.Tensor:
+        """The class that each final model predicts, [m, n], int64."""
+        return self.logits(data).argmax(-1)
+
+    def accuracy(self, data: Dataset) -> torch.Tensor:
+        """The share of images that each final model gets right, [m]."""
+        return (self.predictions(data) == data.labels.hard()).double().mean(1)
+
+    @staticmethod
+    def joined(parts: Sequence[Population]) -> Population:
+        """Populations of one training, cut in chunks, as one."""
+        first = parts[0]
+        return replace(
+            first,
+            final=torch.cat([p.final for p in parts]),
+            snapshots=torch.cat([p.snapshots for p in parts]),
+            seen={name: torch.cat([p.seen[name] for p in parts]) for name in first.seen},
+            buffers={name: torch.cat([p.buffers[name] for p in parts]) for name in first.buffers},
+        )
+
+
+def on(
+    distilled: DistilledDataset,
+    net: Net,
+    recipe: Recipe,
+    keys: tuple[Key, ...],
+    *,
+    weights: torch.Tensor | None = None,
+) -> Training:
+    """The training of fresh networks on a distilled set; its ordered steps are replayed where it has them."""
+    return Training(distilled.dataset(), net, recipe, keys, weights=weights, order=distilled.order)
+
+
+def chunks(training: Training, plan: Plan) -> list[Training]:
+    """The training cut as the plan says, before any work starts."""
+    size = plan.models_together(min(training.recipe.batch or len(training.data), len(training.data)))
+    return [training.models(i, i + size) for i in range(0, len(training.keys), size)]
+
+
+def train(training: Training, plan: Plan, progress: Progress | None = None) -> Population:
+    """Train all models of a training in this process, chunk by chunk."""
+    return Population.joined([train_chunk(part, plan, progress) for part in chunks(training, plan)])
+
+
+def train_chunk(training: Training, plan: Plan, progress: Progress | None = None) -> Population:
+    """Train the models of one chunk together."""
+    data = training.data
+    images = data.images.to(plan.dtype)
+    started = [training.net.init(data, key.fold("init")) for key in training.keys]
+    shapes = Shapes.of(started[0][0])
+    flat = torch.stack([shapes.flatten(params) for params, _ in started]).to(data.device, plan.dtype)
+    buffers: Buffers = {
+        name: torch.stack([b[name] for _, b in started]).to(data.device, plan.dtype) for name in started[0][1]
+    }
+    optimiser = _Optimiser(training.recipe, flat)
+    batches = _Batches(training)
+    kept: dict[int, torch.Tensor] = {}
+    seen: dict[str, list[torch.Tensor]] = {
+        name: [] for name in (training.observe.data if training.observe else ())
+    }
+
+    def look(step: int) -> None:
+        if step in training.snapshots:
+            kept[step] = flat.clone()
+        if training.observe is not None and step in training.observe.moments:
+            now = Population(training.net, shapes, flat, (), flat[:, None], buffers=buffers)
+            for name, watched in training.observe.data.items():
+                seen[name].append(now.predictions(watched).to(torch.int16))
+
+    look(0)
+    for step in range(training.steps):
+        index, weight = batches.at(step)
+        leaf = flat.detach().requires_grad_()
+        logits, buffers = _forward(training, shapes.unflatten(leaf), buffers, images, index, step)
+        labels = data.labels
+        if isinstance(labels, Teacher):
+            labels = labels.view(step % len(labels.views))
+        if index is not None:
+            labels = labels.take(index)
+        losses = labels.loss(logits)
+        mean = losses.mean(1) if weight is None else (losses * weight).sum(1) / weight.sum(1)
+        (gradient,) = torch.autograd.grad(mean.sum(), leaf)
+        rate = None if training.order is None else float(training.order.lr[step])
+        flat = optimiser.step(flat, gradient, step, rate)
+        if progress is not None:
+            progress(len(training.keys))
+        look(step + 1)
+
+    moments = tuple(sorted(kept))
+    observed = training.observe
+    return Population(
+        training.net,
+        shapes,
+        flat,
+        moments,
+        torch.stack([kept[t] for t in moments], 1) if moments else flat.new_empty(len(flat), 0, shapes.size),
+        tuple(sorted(set(observed.moments))) if observed is not None else (),
+        {name: torch.stack(pieces, 1) for name, pieces in seen.items()},
+        buffers,
+    )
+
+
+def _forward(
+    training: Training,
+    params: Params,
+    buffers: Buffers,
+    images: torch.Tensor,
+    index: torch.Tensor | None,
+    step: int,
+) -> tuple[torch.Tensor, Buffers]:
+    """Logits [m, b, k] in training mode, and the new buffers [m, ...]."""
+    net = training.net
+    m = len(training.keys)
+    strategy = training.recipe.augment
+    labels = training.data.labels
+    shared = index is None and not strategy
+
+    def batch(j: int) -> torch.Tensor:
+        x = images if index is None else images[index[j].clamp(min=0)]
+        if not strategy:
+            return x
+        place = training.keys[j].fold("augment", step)
+        if isinstance(labels, Teacher):  # the label belongs to one view: every model sees that view
+            place = Key(labels.seed).fold("view", step % len(labels.views))
+            numbers = augment.draw(strategy, place, len(training.data))
+            rows = slice(None) if index is None else index[j].clamp(min=0)
+            return augment.apply(
+                x, None if numbers is None else replace(numbers, numbers=numbers.numbers[rows])
+            )
+        return augment.apply(x, augment.draw(strategy, place, len(x)))
+
+    def one(p: Params, b: Buffers, x: torch.Tensor) -> tuple[torch.Tensor, Buffers]:
+        return net.logits(p, b, x, "train")
+
+    if m == 1:
+        logits, new = one(
+            {name: value[0] for name, value in params.items()},
+            {name: value[0] for name, value in buffers.items()},
+            batch(0),
+        )
+        return logits[None], {name: value[None].detach() for name, value in new.items()}
+    x = images if shared else torch.stack([batch(j) for j in range(m)])
+    logits, new = torch.vmap(one, in_dims=(0, 0, None if shared else 0), randomness="error")(
+        params, buffers, x
+    )
+    return logits, {name: value.detach() for name, value in new.items()}
+
+
+class _Batches:
+    """Which images each model sees at a step: indices [m, b] and weights [m, b], None where all alike."""
+
+    def __init__(self, training: Training) -> None:
+        self.training = training
+        n = len(training.data)
+        every = torch.arange(n)
+        self.members = training.subsets or tuple(every for _ in training.keys)
+        self.sizes = [len(members) for members in self.members]
+        self.batch = training.recipe.batch or max(self.sizes)
+        self.full = training.subsets is None and self.batch >= n
+        self.passes: list[tuple[int, torch.Tensor] | None] = [None] * len(training.keys)
+
+    def at(self, step: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        training = self.training
+        device = training.data.device
+        if training.order is not None:
+            row = training.order.steps[step].to(device)
+            index = row.expand(len(training.keys), -1)
+            weight = (index >= 0).double()
+            if training.weights is not None:
+                weight = weight * training.weights.to(weight).gather(1, index.clamp(min=0))
+            return index.clamp(min=0), weight.to(training.data.images.dtype)
+        if self.full:
+            return None, None if training.weights is None else training.weights.to(device)
+        rows = [self._row(j, step) for j in range(len(self.sizes))]
+        width = max(len(row) for row in rows)
+        if all(len(row) == width for row in rows):
+            return torch.stack(rows).to(device), None
+        index = torch.zeros(len(rows), width, dtype=torch.int64)
+        weight = torch.zeros(len(rows), width)
+        for j, row in enumerate(rows):
+            index[j, : len(row)] = row
+            weight[j, : len(row)] = 1
+        return index.to(device), weight.to(device)
+
+    def _row(self, j: int, step: int) -> torch.Tensor:
+        size = self.sizes[j]
+        if self.batch >= size:
+            return self.members[j]
+        a_pass, place = divmod(step, math.ceil(size / self.batch))
+        remembered = self.passes[j]
+        if remembered is None or remembered[0] != a_pass:
+            order = self.training.keys[j].fold("batches", a_pass).permutation(size)
+            remembered = self.passes[j] = (a_pass, self.members[j][order])
+        return remembered[1][place * self.batch : (place + 1) * self.batch]
+
+
+class _Optimiser:
+    """SGD, Adam and AdamW as PyTorch defines them, on flat parameters [m, P]."""
+
+    def __init__(self, recipe: Recipe, flat: torch.Tensor) -> None:
+        self.recipe = recipe
+        self.first = torch.zeros_like(flat)
+        self.second = torch.zeros_like(flat)
+        self.started = 0  # the step at which the moments were last emptied
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        recipe = self.recipe
+        if recipe.schedule == "tenth_at_half" and step > recipe.steps // 2:
+            return 0.1 * recipe.lr
+        if recipe.schedule == "cosine":
+            return recipe.lr * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
+        return recipe.lr
+
+    def step(self, flat: torch.Tensor, gradient: torch.Tensor, step: int, rate: float | None) -> torch.Tensor:
+        """The parameters after a step; ``rate`` overrides the recipe's."""
+        recipe = self.recipe
+        lr = self.rate(step) if rate is None else rate
+        if recipe.schedule == "tenth_at_half" and step == recipe.steps // 2 + 1:
+            self.first.zero_()
+            self.second.zero_()
+            self.started = step
+        with torch.no_grad():
+            if recipe.weight_decay and recipe.optimiser != "adamw":
+                gradient = gradient + recipe.weight_decay * flat
+            if recipe.optimiser == "sgd":
+                if not recipe.momentum:
+                    return flat - lr * gradient
+                self.first.mul_(recipe.momentum).add_(gradient)
+                return flat - lr * self.first
+            t = step - self.started + 1
+            self.first.mul_(0.9).add_(gradient, alpha=0.1)
+            self.second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+            if recipe.optimiser == "adamw":
+                flat = flat * (1 - lr * recipe.weight_decay)
+            size = (self.second / (1 - 0.999**t)).sqrt().add_(1e-8)
+            return flat - lr / (1 - 0.9**t) * self.first / size
