@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from distillens.pipeline import ask as ask
     from distillens.pipeline import distill as distill
     from distillens.pipeline import evaluate as evaluate
-    from distillens.pipeline import report as report
-    from distillens.pipeline import study as study
+    from distillens.pipeline import write_report as write_report
+    from distillens.studies import study as study
 
 _HOMES = {
     "Claim": "core.result",
@@ -38,8 +38,8 @@ _HOMES = {
     "ask": "pipeline",
     "distill": "pipeline",
     "evaluate": "pipeline",
-    "report": "pipeline",
-    "study": "pipeline",
+    "study": "studies",
+    "write_report": "pipeline",
 }
 
 __all__ = [*sorted(_HOMES), "__version__"]

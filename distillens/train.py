@@ -208,6 +208,11 @@ def on(
     return Training(distilled.dataset(), net, recipe, keys, weights=weights, order=distilled.order)
 
 
+def networks(key: Key, replicate: int, count: int) -> tuple[Key, ...]:
+    """The keys of the networks that look at replicate r of every set: shared, so that sets are paired."""
+    return key.fold("replicate", replicate, "net").split(count)
+
+
 def chunks(training: Training, plan: Plan) -> list[Training]:
     """The training cut as the plan says, before any work starts."""
     size = plan.models_together(min(training.recipe.batch or len(training.data), len(training.data)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,9 +12,11 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar
 import torch
 
 from distillens.core.artefact import DistilledDataset
+from distillens.core.checks import UserError
 from distillens.core.dataset import Dataset, Splits
 from distillens.core.result import Result
 from distillens.core.rng import Key
+from distillens.core.space import same_space
 from distillens.core.storage import read_tensors, write_tensors
 
 Params = dict[str, torch.Tensor]
@@ -88,15 +91,11 @@ class State:
 
     def save(self, path: Path) -> None:
         """Write the state whole or not at all."""
-        import json
-
         write_tensors(path, self.tensors, {"values": json.dumps(self.values)})
 
     @staticmethod
     def load(path: Path) -> State:
         """The state that ``save`` wrote."""
-        import json
-
         tensors, metadata = read_tensors(path)
         return State(tensors, json.loads(metadata["values"]))
 
@@ -140,15 +139,70 @@ class Distiller(Protocol):
         """The distilled set; the pipeline adds its provenance."""
 
 
+@dataclass(frozen=True, eq=False)
+class Sets:
+    """Distilled sets of one size by name, and what stands beside them. A tuple holds replicates.
+
+    A replicate has its own distillation key. ``distilled["dm"][r]``, ``baselines["random_subset"][r]`` and
+    ``initial["dm"][r]`` (what the method started from) share replicate r's network keys, so they are pairs.
+    """
+
+    distilled: Mapping[str, tuple[DistilledDataset, ...]]
+    baselines: Mapping[str, tuple[DistilledDataset, ...]] = field(default_factory=dict)
+    initial: Mapping[str, tuple[DistilledDataset, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        groups = [*self.distilled.items(), *self.baselines.items(), *self.initial.items()]
+        if not groups or not all(replicates for _, replicates in groups):
+            raise UserError("an analysis needs at least one distilled set")
+        first = groups[0][1][0].dataset()
+        for name, replicates in groups:
+            for one in replicates:
+                data = one.dataset()
+                if data.shape != first.shape or data.classes != first.classes:
+                    raise UserError(
+                        f"the set {name!r} does not fit the others",
+                        got=f"images {data.shape}, {data.k} classes",
+                        expected=f"images {first.shape}, {first.k} classes",
+                    )
+                if not same_space(data.space, first.space):
+                    raise UserError(
+                        f"the set {name!r} is in another space than the others", fix="analyse it on its own"
+                    )
+
+    @property
+    def random(self) -> tuple[DistilledDataset, ...]:
+        """The random real subsets; empty where there are none."""
+        return self.baselines.get("random_subset", ())
+
+    def everything(self) -> dict[str, tuple[DistilledDataset, ...]]:
+        """Distilled sets, then baselines, by name."""
+        return {**self.distilled, **self.baselines}
+
+    def check_against(self, real: Splits) -> None:
+        """Refuse real data of other classes, shape or space than the sets."""
+        data = next(iter(self.everything().values()))[0].dataset()
+        if data.shape != real.train.shape or data.classes != real.train.classes:
+            raise UserError(
+                "the distilled sets do not belong to this data",
+                got=f"images {data.shape}, {data.k} classes",
+                expected=f"images {real.train.shape}, {real.train.k} classes",
+                fix="name the data they were made from with --data",
+            )
+        if not same_space(data.space, real.space):
+            raise UserError(
+                "the distilled sets are in another space than this data",
+                fix="bring the real data into theirs: real.to_space(set.space)",
+            )
+
+
 R_co = TypeVar("R_co", bound=Result, covariant=True)
-Sets = Mapping[str, tuple[DistilledDataset, ...]]
 
 
 class Analysis(Protocol[R_co]):
     """A question about distilled sets: a frozen dataclass whose fields are its settings.
 
-    ``sets`` maps a name to the set's replicates, one distillation key each: n counts those. An analysis
-    sees sets, never a method's settings; ``runs`` makes and remembers every training.
+    An analysis sees sets, never a method's settings; ``runs`` makes and remembers every training.
     """
 
     question: ClassVar[str]

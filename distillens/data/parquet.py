@@ -9,7 +9,9 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,12 @@ from distillens.data.tensors import SHARES, Pair, cut, from_tensors, numbered, s
 
 # The "old" constants, which the DC and MTT families train and publish with.
 CIFAR10 = Standardised((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
-CIFAR10_CLASSES = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
+CIFAR10_CLASSES = (
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
+)
+
+Image = np.ndarray[Any, np.dtype[np.uint8]]  # [h, w] where grey, [h, w, 3] where not
 
 _SPLITS = {"train": "train", "validation": "val", "valid": "val", "val": "val", "dev": "val", "test": "test"}
 _SPLIT_NAME = re.compile(rf"({'|'.join(_SPLITS)})(?=[-_.])")
@@ -88,10 +95,10 @@ class _Decoded:
 
 @dataclass(frozen=True, eq=False)
 class _File:
-    """What one file holds; images are [h, w] where grey, [h, w, 3] where not."""
+    """What one file holds, and the class names that it gives."""
 
     path: Path
-    images: list[np.ndarray[Any, np.dtype[np.uint8]]]
+    images: list[Image]
     labels: torch.Tensor
     names: tuple[str, ...] | None
 
@@ -106,7 +113,7 @@ def _files(path: Path) -> dict[str, list[Path]]:
         if match := _SPLIT_NAME.match(file.name.lower()):
             files.setdefault(_SPLITS[match[1]], []).append(file)
     if "train" not in files:
-        below = next((file.parent for file in sorted(path.glob("*/**/train*.parquet"))), None)
+        below = next((file.parent for file in sorted(path.glob("*/train*.parquet"))), None)
         raise UserError(
             f"there are no training files in {path}",
             got=", ".join(file.name for file in held[:3]) or "no parquet files",
@@ -145,33 +152,38 @@ def _remembered(files: Mapping[str, Sequence[Path]]) -> _Decoded:
         decoded = _decode(files)
     tensors = {f"{name}.images": images for name, (images, _) in decoded.parts.items()}
     tensors |= {f"{name}.labels": labels for name, (_, labels) in decoded.parts.items()}
-    about = {"classes": json.dumps(decoded.classes), "check": _check(tensors)}
-    try:
-        write_tensors(cache, tensors, about)
-    except UserError:
-        pass  # the images are here all the same
+    about = {"classes": decoded.classes, "check": _check(tensors, decoded.classes)}
+    with suppress(UserError):  # where it cannot be written, the images are here all the same
+        write_tensors(cache, tensors, {"about": json.dumps(about)})
     return decoded
 
 
 def _recall(cache: Path) -> _Decoded:
-    tensors, about = read_tensors(cache)
-    if about["check"] != _check(tensors):
+    tensors, metadata = read_tensors(cache)
+    about = json.loads(metadata["about"])
+    classes = tuple(about["classes"])
+    if about["check"] != _check(tensors, classes):
         raise ValueError("the cached images are not those that were written")
-    parts = {name: (tensors[f"{name}.images"], tensors[f"{name}.labels"]) for name in _names(tensors)}
-    return _Decoded(parts, tuple(json.loads(about["classes"])))
+    parts = {
+        name: (tensors[f"{name}.images"], tensors[f"{name}.labels"])
+        for name in ("train", "val", "test")
+        if f"{name}.images" in tensors
+    }
+    return _Decoded(parts, classes)
 
 
-def _names(tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    return [name for name in ("train", "val", "test") if f"{name}.images" in tensors]
-
-
-def _check(tensors: Mapping[str, torch.Tensor]) -> str:
-    return fingerprint(*(part for name in sorted(tensors) for part in (name, tensors[name])))
+def _check(tensors: Mapping[str, torch.Tensor], classes: tuple[str, ...]) -> str:
+    return fingerprint(list(classes), *(part for name in sorted(tensors) for part in (name, tensors[name])))
 
 
 def _contents(files: Mapping[str, Sequence[Path]]) -> str:
-    """A SHA-256 of the files' roles, names, sizes and bytes."""
-    about = []
+    """A SHA-256 of the files' roles, names, sizes and bytes, and of what decodes them."""
+    # Versions of Pillow bring other JPEG decoders, and those differ in the last bit of a pixel.
+    try:
+        pillow = version("pillow")
+    except PackageNotFoundError:
+        pillow = ""
+    about: list[Any] = [_FORMAT, pillow]
     for split, those in files.items():
         for file in those:
             try:
@@ -180,7 +192,7 @@ def _contents(files: Mapping[str, Sequence[Path]]) -> str:
                 about.append([split, file.name, file.stat().st_size, digest])
             except OSError as error:
                 raise UserError(f"{file} cannot be read", got=error.strerror or str(error)) from error
-    return fingerprint(_FORMAT, about)
+    return fingerprint(about)
 
 
 def _decode(files: Mapping[str, Sequence[Path]]) -> _Decoded:
@@ -200,19 +212,17 @@ def _decode(files: Mapping[str, Sequence[Path]]) -> _Decoded:
     grey = all(image.ndim == 2 for file in every for image in file.images)
     parts: dict[str, Pair] = {}
     for split, those in read.items():
-        images = [image for file in those for image in file.images]
+        images = [image if grey else _rgb(image) for file in those for image in file.images]
         if not images:
             raise UserError(f"there are no images in {those[0].path}")
-        parts[split] = (_stack(images, grey), torch.cat([file.labels for file in those]))
+        whole = torch.from_numpy(np.stack(images))
+        whole = whole[:, None] if grey else whole.permute(0, 3, 1, 2).contiguous()
+        parts[split] = (whole, torch.cat([file.labels for file in those]))
     return _Decoded(parts, _classes(every))
 
 
-def _stack(images: list[np.ndarray[Any, np.dtype[np.uint8]]], grey: bool) -> torch.Tensor:
-    """[n, c, h, w]."""
-    if grey:
-        return torch.from_numpy(np.stack(images))[:, None]
-    colour = [image if image.ndim == 3 else np.repeat(image[:, :, None], 3, axis=2) for image in images]
-    return torch.from_numpy(np.stack(colour)).permute(0, 3, 1, 2).contiguous()
+def _rgb(image: Image) -> Image:
+    return image if image.ndim == 3 else np.repeat(image[:, :, None], 3, axis=2)
 
 
 def _classes(files: Sequence[_File]) -> tuple[str, ...]:
@@ -242,7 +252,7 @@ def _classes(files: Sequence[_File]) -> tuple[str, ...]:
 def _read(path: Path) -> _File:
     """The images and labels of one file."""
     try:
-        import PIL.Image
+        import PIL.Image  # noqa: F401  # missed here, not at the first row
         import pyarrow as pa
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
@@ -250,7 +260,7 @@ def _read(path: Path) -> _File:
         raise UserError(
             "parquet files need pyarrow and Pillow", got=str(error), fix="pip install 'distillens[parquet]'"
         ) from error
-    images: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
+    images: list[Image] = []
     labels: list[int] = []
     try:
         with pq.ParquetFile(path) as file:
@@ -274,8 +284,8 @@ def _read(path: Path) -> _File:
                             expected="a class number from 0",
                             fix="leave out files and rows without labels",
                         )
-                    # One by one: on images of this size threads take longer (measured, 32 x 32 PNG).
-                    images.append(_pixels(PIL.Image, data, where))
+                    # One by one: on images of this size threads take longer (measured, 32 x 32 JPEG).
+                    images.append(_pixels(data, where))
                     labels.append(label)
     except (pa.ArrowException, OSError) as error:
         raise UserError(
@@ -317,15 +327,17 @@ def _class_names(schema: Any, column: str) -> tuple[str, ...] | None:
     return tuple(str(name) for name in names) if isinstance(names, list) and names else None
 
 
-def _pixels(pillow: Any, data: bytes | None, where: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """One image, [h, w] or [h, w, 3]."""
+def _pixels(data: bytes | None, where: str) -> Image:
+    """One decoded image."""
+    import PIL.Image
+
     if data is None:
         raise UserError(
             f"{where} has no image bytes",
             fix="store the images in the file, not only their paths (embed_storage)",
         )
     try:
-        with pillow.open(io.BytesIO(data)) as picture:
+        with PIL.Image.open(io.BytesIO(data)) as picture:
             mode = picture.mode
             target = "L" if mode in _GREY else "RGB" if mode in _COLOUR else None
             array = np.asarray(picture.convert(target)) if target else None

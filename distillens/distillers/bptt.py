@@ -69,11 +69,11 @@ class BPTT:
         net = ConvNet.defaults(like)
         if small(like):
             return cls(
-                steps=100,
+                steps=60,
                 inner_steps=20,
-                inner_lr=0.02,
+                inner_lr=0.1,
                 batch_real=32,
-                lr_img=10.0,
+                lr_img=100.0,
                 init="real",
                 mode="graph",
                 net=net,

@@ -84,11 +84,11 @@ class MTT:
         net = ConvNet.defaults(like)
         if small(like):
             return cls(
-                steps=100,
+                steps=60,
                 syn_steps=20,
                 expert_epochs=2,
                 max_start_epoch=4,
-                lr_img=20.0,
+                lr_img=50.0,
                 lr_lr=1e-4,
                 lr_start=0.05,
                 experts=4,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -91,15 +90,13 @@ def to_html(summary: Summary) -> str:
         "slug": lambda text: re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-"),
         "words": lambda text: text.replace("_", " "),
     }
-    environment.tests |= {
-        "estimate": lambda value: isinstance(value, Estimate),
-        "unbounded": lambda e: math.isinf(e.low) and math.isinf(e.high),
-    }
+    environment.tests["estimate"] = lambda value: isinstance(value, Estimate)
     rows = _rows(summary)
     style, script = _source(environment, "report.css"), _source(environment, "report.js")
     return environment.get_template("report.html").render(
         summary=summary,
         several=len(summary.runs) > 1,
+        sources=[*dict.fromkeys(r.data.source for r in summary.runs if r.data and r.data.source)],
         rows=rows,
         matrix=_matrix(summary, rows),
         verdicts=VERDICTS,

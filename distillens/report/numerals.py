@@ -72,10 +72,12 @@ def _precision(scale: float) -> tuple[int, int]:
     if scale == 0 or not math.isfinite(scale):
         return 3, 0
     exponent = math.floor(math.log10(scale))
-    if exponent < -3 or exponent >= 6:
+    if exponent < -4 or exponent >= 6:
         return 2, exponent
-    # Fractions keep three decimals, so that 0.998 and 1.000 stand under each other.
-    return (3 if scale <= 1 and exponent >= -2 else max(0, 2 - exponent)), 0
+    if scale > 1:
+        return max(0, 2 - exponent), 0
+    # Fractions keep three decimals, so that 0.998 and 1.000 stand under each other; small ones two digits.
+    return max(3, 1 - exponent), 0
 
 
 def _fixed(value: float, decimals: int, exponent: int, *, trim: bool = False, power: bool = True) -> str:

@@ -1,0 +1,36 @@
+# make study and make test are the only two commands anyone needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: study test check slow setup
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make study   set up, then the main job on scikit-learn's real digits: runs/digits/report.html"
+	@echo "make test    set up, then all tests"
+	@echo "make check   set up, then lint, types and tests: what CI runs"
+	@echo "make slow    set up, then the long statistics"
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $(READY)
+
+study: $(READY)
+	$(BIN)/distillens study --data digits --to runs/digits
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+slow: $(READY)
+	$(BIN)/python -m pytest -m slow

@@ -1,0 +1,1 @@
+"""Question 1, behaviour: whether distilled data can stand in for real data."""

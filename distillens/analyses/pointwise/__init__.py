@@ -1,0 +1,1 @@
+"""Question 3, pointwise information: what one distilled image means."""

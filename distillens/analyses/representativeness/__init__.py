@@ -1,0 +1,1 @@
+"""Question 2, representativeness: what distilled data keeps of real training."""

@@ -1,0 +1,310 @@
+"""Predictions of models trained on distilled data beside those of real models stopped early."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from distillens.core.checks import UserError, at_least
+from distillens.core.contracts import Net, Sets
+from distillens.core.dataset import Dataset, Splits
+from distillens.core.palette import colour
+from distillens.core.recipe import Recipe
+from distillens.core.result import Claim, Estimate, Result, Table
+from distillens.core.rng import Key
+from distillens.nets.convnet import ConvNet
+from distillens.runs import Runs
+from distillens.train import Observe, Population, Training, networks, on
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True)
+class EarlyAgreement:
+    """The share of test images on which two models name the same class, at matched accuracy.
+
+    A model trained on the set is compared with two pools of real models: trained on all real data and stopped
+    early, and trained to the end on little real data. Both are matched to it model by model on *validation*
+    accuracy: each early-stopped model at its moment nearest to it, each subset model as it is; who is further
+    than ``tolerance`` away is left out, and where fewer than two are left in a pool no comparison is made.
+
+    The gap is early-stopped minus subset agreement. Its interval adds the variances over replicates, over
+    early-stopped models and over subset models, because all pairs share models.
+
+    Source: Yang et al. 2024, section 4.1, figure 4 (30 and 520 models; indices typed in by hand; one model a set).
+    """
+
+    question: ClassVar[str] = "Do models trained on distilled data predict like real models stopped early?"
+
+    net: Net = field(default_factory=ConvNet)
+    recipe: Recipe = Recipe(steps=300)
+    nets: int = 1
+    early: int = 30
+    early_recipe: Recipe = Recipe(steps=196, batch=256)
+    subset: int = 520
+    subset_recipe: Recipe = Recipe(steps=600, batch=256)
+    least_per_class: int = 25
+    most_per_class: int = 250
+    tolerance: float = 0.01
+
+    def __post_init__(self) -> None:
+        at_least(2, "early_agreement", early=self.early, subset=self.subset)
+        at_least(1, "early_agreement", nets=self.nets, least_per_class=self.least_per_class)
+        if self.most_per_class < self.least_per_class:
+            raise UserError("early_agreement: most_per_class is below least_per_class")
+
+    @classmethod
+    def defaults(cls, like: Dataset) -> EarlyAgreement:
+        """Pools that span the accuracies of distilled sets; small ones on digits' scale."""
+        net = ConvNet.defaults(like)
+        if like.shape[1] * like.shape[2] <= 256:
+            smallest = min(map(len, like.by_class))
+            return cls(
+                net,
+                early=16,
+                early_recipe=Recipe(steps=150, batch=256),
+                subset=48,
+                subset_recipe=Recipe(steps=300, batch=256),
+                least_per_class=2,
+                most_per_class=max(2, min(40, smallest)),
+                tolerance=0.02,
+            )
+        return cls(net)
+
+    def trainings(self, sets: Sets, real: Splits, *, key: Key) -> list[Training]:
+        """The sets' own models, then the two pools."""
+        return [*(t for many in self._own(sets, key).values() for t in many), *self._pools(real, key)]
+
+    def __call__(self, sets: Sets, real: Splits, runs: Runs, *, key: Key) -> EarlyAgreementResult:
+        """The agreements."""
+        sets.check_against(real)
+        runs.make(self.trainings(sets, real, key=key))
+        early, subset = runs.get(*self._pools(real, key))
+        subset_predictions = subset.predictions(real.test)
+        subset_accuracy = subset.accuracy(real.val)
+        early_accuracy = (early.seen["val"] == real.val.labels.hard()).double().mean(2)
+        accuracies, with_early, with_subset, moments = {}, {}, {}, {}
+        for name, trainings in self._own(sets, key).items():
+            rows = [
+                self._compare(own, real, early, early_accuracy, subset_predictions, subset_accuracy)
+                for own in runs.get(*trainings)
+            ]
+            accuracies[name] = torch.stack([row[0] for row in rows])
+            with_early[name] = torch.stack([row[1] for row in rows])
+            with_subset[name] = torch.stack([row[2] for row in rows])
+            moments[name] = torch.stack([row[3] for row in rows])
+        return EarlyAgreementResult(
+            tuple(sets.distilled), accuracies, with_early, with_subset, moments, self.tolerance
+        )
+
+    def _own(self, sets: Sets, key: Key) -> dict[str, list[Training]]:
+        named = dict(sets.distilled)
+        if sets.random:
+            named["random_subset"] = sets.random
+        return {
+            name: [on(one, self.net, self.recipe, networks(key, r, self.nets)) for r, one in enumerate(many)]
+            for name, many in named.items()
+        }
+
+    def _pools(self, real: Splits, key: Key) -> list[Training]:
+        watched = Observe(self.moments, {"val": real.val, "test": real.test})
+        early = Training(
+            real.train, self.net, self.early_recipe, key.fold("early").split(self.early), observe=watched
+        )
+        place = key.fold("subset")
+        # Sizes spread evenly on a log scale: accuracy is roughly linear in the log of the size.
+        share = place.fold("size").uniform(self.subset)
+        low, high = math.log(self.least_per_class), math.log(self.most_per_class)
+        sizes = (low + (high - low) * share).exp().round().long().tolist()
+        subsets = tuple(
+            torch.cat(
+                [
+                    members[place.fold("draw", j, c).permutation(len(members))[:size]]
+                    for c, members in enumerate(real.train.by_class)
+                ]
+            )
+            for j, size in enumerate(sizes)
+        )
+        keys = place.fold("net").split(self.subset)
+        return [early, Training(real.train, self.net, self.subset_recipe, keys, subsets=subsets)]
+
+    @property
+    def moments(self) -> tuple[int, ...]:
+        """The updates after which the early-stopped models are looked at: each of the first 16, then sparser."""
+        steps = self.early_recipe.steps
+        grid = {round(16 * 1.06**i) for i in range(1, 200)}
+        return tuple(sorted({t for t in {*range(1, 17), *grid} if t <= steps}))
+
+    def _compare(
+        self,
+        own: Population,
+        real: Splits,
+        early: Population,
+        early_accuracy: torch.Tensor,
+        subset_predictions: torch.Tensor,
+        subset_accuracy: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Validation accuracy, agreement with each early model and each subset model (NaN: not matched), moments.
+
+        Averaged over the set's own networks, each matched for itself.
+        """
+        predicted = own.predictions(real.test)
+        accuracy = own.accuracy(real.val)
+        rows_early, rows_subset, rows_moment = [], [], []
+        for mine, at in zip(predicted, accuracy, strict=True):
+            distance = (early_accuracy - at).abs()  # [models, moments]
+            nearest = distance.argmin(1)
+            theirs = early.seen["test"][torch.arange(len(early)), nearest]
+            agree = (theirs == mine).double().mean(1)
+            out = distance.min(1).values > self.tolerance
+            rows_early.append(agree.masked_fill(out, torch.nan))
+            moment = torch.tensor(early.seen_moments).double()[nearest]
+            rows_moment.append(moment.masked_fill(out, torch.nan))
+            agree = (subset_predictions == mine).double().mean(1)
+            rows_subset.append(agree.masked_fill((subset_accuracy - at).abs() > self.tolerance, torch.nan))
+        return (
+            accuracy.mean(),
+            torch.stack(rows_early).nanmean(0),
+            torch.stack(rows_subset).nanmean(0),
+            torch.stack(rows_moment).nanmean(0),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class EarlyAgreementResult(Result):
+    """By set: validation accuracy [replicates], agreement [replicates, models] with each pool (NaN: unmatched)."""
+
+    analysis: ClassVar[str] = "representativeness/early_agreement"
+    title: ClassVar[str] = "Agreement with early-stopped and with subset-trained models"
+    question: ClassVar[str] = EarlyAgreement.question
+
+    distilled: tuple[str, ...]
+    accuracy: Mapping[str, torch.Tensor]
+    with_early: Mapping[str, torch.Tensor]
+    with_subset: Mapping[str, torch.Tensor]
+    moments: Mapping[str, torch.Tensor]
+    tolerance: float
+
+    def agreement(self, name: str, pool: str) -> Estimate | None:
+        """Mean agreement with the matched models of a pool; None where fewer than two are matched."""
+        table = (self.with_early if pool == "early" else self.with_subset)[name]
+        table = table[~table.isnan().all(1)]
+        models = table[:, ~table.isnan().all(0)]
+        if min(models.shape, default=0) < 1 or models.shape[1] < 2:
+            return None
+        by_replicate = models.nanmean(1).tolist()
+        by_model = models.nanmean(0).tolist()
+        parts = {"models": by_model}
+        if len(by_replicate) > 1:
+            parts["replicates"] = by_replicate
+        return Estimate.components(float(models.nanmean(1).mean()), parts, "model")
+
+    def gap(self, name: str) -> Estimate | None:
+        """Early-stopped minus subset agreement; None where a pool has fewer than two matched models."""
+        early, subset = self.with_early[name], self.with_subset[name]
+        both = ~early.isnan().all(1) & ~subset.isnan().all(1)
+        early, subset = early[both], subset[both]
+        early = early[:, ~early.isnan().all(0)]
+        subset = subset[:, ~subset.isnan().all(0)]
+        if not len(early) or early.shape[1] < 2 or subset.shape[1] < 2:
+            return None
+        gaps = early.nanmean(1) - subset.nanmean(1)
+        parts = {"early": early.nanmean(0).tolist(), "subset": subset.nanmean(0).tolist()}
+        if len(gaps) > 1:
+            parts["replicates"] = gaps.tolist()
+        return Estimate.components(float(gaps.mean()), parts, "replicate or pool model, the fewest")
+
+    def headline(self) -> dict[str, Estimate]:
+        """The gap of each set that could be compared."""
+        gaps = {name: self.gap(name) for name in self.with_early}
+        return {name: gap for name, gap in gaps.items() if gap is not None}
+
+    def claims(self) -> tuple[Claim, ...]:
+        """Agreement is higher with early-stopped models."""
+        claims = []
+        for name in self.distilled:
+            gap = self.gap(name)
+            if gap is None:
+                continue
+            claims.append(
+                Claim(
+                    "early-stopped",
+                    name,
+                    "its models agree more with early-stopped than with subset-trained models of equal accuracy",
+                    gap,
+                    "greater",
+                    0.0,
+                    "models trained on other real subsets in the set's place",
+                    "other early-stopped models in the set's place",
+                    "paper T6",
+                )
+            )
+        return tuple(claims)
+
+    def tables(self) -> tuple[Table, ...]:
+        """Accuracies, agreements, gap and matched moments."""
+        rows: list[tuple[str | int | Estimate, ...]] = []
+        for name in self.with_early:
+            matched = self.moments[name][~self.moments[name].isnan()]
+            span = f"{int(matched.min())} to {int(matched.max())}" if len(matched) else "none"
+            counts = tuple(
+                int((~table[name].isnan()).any(0).sum()) for table in (self.with_early, self.with_subset)
+            )
+            rows.append(
+                (
+                    name,
+                    Estimate.mean(self.accuracy[name].tolist(), "replicate"),
+                    self.agreement(name, "early") or "not matched",
+                    self.agreement(name, "subset") or "not matched",
+                    self.gap(name) or "",
+                    span,
+                    f"{counts[0]} and {counts[1]}",
+                )
+            )
+        columns = (
+            "set",
+            "validation accuracy",
+            "with early-stopped",
+            "with subset-trained",
+            "gap",
+            "matched after updates",
+            "models matched",
+        )
+        return (Table("Share of test images with the same predicted class", columns, tuple(rows)),)
+
+    def notes(self) -> tuple[str, ...]:
+        """Who could not be compared."""
+        lost = [name for name in self.with_early if self.gap(name) is None]
+        return (
+            (
+                f"No comparison for {', '.join(lost)}: fewer than two models of a pool come within "
+                f"{self.tolerance:g} of their validation accuracy.",
+            )
+            if lost
+            else ()
+        )
+
+    def plot(self, ax: Axes) -> None:
+        """A dot a model of each pool, averaged over replicates, and the means."""
+        names = list(self.with_early)
+        for x, name in enumerate(names):
+            for shift, table, marker in ((-0.16, self.with_early, "o"), (0.16, self.with_subset, "^")):
+                values = table[name].nanmean(0)
+                values = values[~values.isnan()]
+                if not len(values):
+                    continue
+                offsets = torch.linspace(-0.07, 0.07, len(values)) if len(values) > 1 else torch.zeros(1)
+                tint = colour(name)
+                ax.scatter(x + shift + offsets, values, s=12, marker=marker, color=tint, alpha=0.45, lw=0)
+                ax.plot([x + shift - 0.12, x + shift + 0.12], [float(values.mean())] * 2, color=tint, lw=2.2)
+        ax.scatter([], [], marker="o", color="#555555", s=16, label="early-stopped")
+        ax.scatter([], [], marker="^", color="#555555", s=16, label="subset-trained")
+        ax.set_xticks(range(len(names)), [name.replace("_", "\n") for name in names])
+        ax.set_ylabel("agreement on test images")
+        ax.legend(frameon=False, fontsize=8)
+        ax.spines[["top", "right"]].set_visible(False)

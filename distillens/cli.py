@@ -1,0 +1,364 @@
+"""The command: arguments to values and back, nothing else. torch is imported by the verbs, not here."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from distillens import __version__
+from distillens.core.checks import UserError
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+    from distillens.core.artefact import DistilledDataset
+    from distillens.core.result import Result
+
+app = typer.Typer(
+    name="distillens",
+    help="Distils image datasets and shows what the distilled data has learned.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Data = Annotated[str, typer.Option("--data", help="digits, kind:path (parquet:cifar10/), or a path.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="NAME=VALUE, repeated: a setting to change.")
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="The seed that every key starts from.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+Force = Annotated[bool, typer.Option("--force", help="Do it again, over what is there.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1.")]
+Folders = Annotated[list[Path], typer.Argument(help="Run folders of distilled sets.")]
+
+
+def _many(values: Sequence[str] | None) -> list[str]:
+    """Comma-separated or repeated values as one list."""
+    return [part.strip() for value in values or () for part in value.split(",") if part.strip()]
+
+
+def _sizes(values: Sequence[str] | None) -> list[int]:
+    sizes = []
+    for text in _many(values):
+        if not text.isdigit() or int(text) < 1:
+            raise UserError("--ipc takes whole numbers from 1", got=repr(text), fix="--ipc 1,10, say")
+        sizes.append(int(text))
+    return sizes
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar a stage on standard error, with the time left; one line at the end of each stage without a terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        begun: dict[str, float] = {}
+
+        def tell(what: str, done: int, total: int) -> None:
+            since = begun.setdefault(what, time.monotonic())
+            if done == total and not quiet:
+                print(f"{what}: {total} in {time.monotonic() - since:.0f} s", file=sys.stderr, flush=True)
+
+        yield tell
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield show
+
+
+@app.command()
+def study(
+    data: Data = "digits",
+    to: Annotated[Path, typer.Option("--to", help="The folder of the study.")] = Path("runs/study"),
+    methods: Annotated[list[str] | None, typer.Option("--methods", help="Methods: dm,mtt.")] = None,
+    ipc: Annotated[list[str] | None, typer.Option("--ipc", help="Images per class: 1,10.")] = None,
+    preset: Annotated[str, typer.Option("--preset", help="quick, full or smoke.")] = "quick",
+    replicates: Annotated[
+        int | None, typer.Option("--replicates", min=1, help="Distillations a method.")
+    ] = None,
+    protocol: Annotated[str, typer.Option("--protocol", help="How accuracy is measured.")] = "wddl",
+    settings: Settings = None,
+    seed: Seed = 0,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Processes; all cores by default.")
+    ] = None,
+    device: Device = "cpu",
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Distil, evaluate, ask all three questions, write the report."""
+    from distillens import studies
+    from distillens.data import load
+
+    wishes: dict[str, Any] = {"methods": _many(methods)} if methods else {}
+    with _progress(as_json) as tell:
+        page = studies.study(
+            load(data),
+            to,
+            ipc=_sizes(ipc),
+            preset=preset,
+            replicates=replicates,
+            protocol=protocol,
+            settings=tuple(settings or ()),
+            seed=seed,
+            workers=workers,
+            device=device,
+            force=force,
+            tell=tell,
+            announce=(lambda line: None)
+            if as_json
+            else lambda line: print(line, file=sys.stderr, flush=True),
+            **wishes,
+        )
+    print(json.dumps({"report": str(page)}) if as_json else f"report: {page}")
+
+
+@app.command()
+def distill(
+    method: Annotated[str, typer.Argument(help="A method: distillens list distillers.")],
+    to: Annotated[Path, typer.Option("--to", help="The run folder to write.")],
+    data: Data = "digits",
+    ipc: Annotated[int, typer.Option("--ipc", help="Images per class.")] = 1,
+    settings: Settings = None,
+    seed: Seed = 0,
+    replicate: Annotated[int, typer.Option("--replicate", min=0, help="Which replicate of the seed.")] = 0,
+    device: Device = "cpu",
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Distil one set with one method."""
+    from distillens import pipeline
+
+    finished = (to / "provenance.json").is_file() and not force
+    with _progress(as_json) as tell:
+        made = pipeline.distill(
+            method,
+            data,
+            ipc=ipc,
+            seed=seed,
+            replicate=replicate,
+            settings=settings or (),
+            to=to,
+            force=force,
+            device=device,
+            tell=tell,
+        )
+    if as_json:
+        print(json.dumps({"folder": str(to), "fingerprint": made.fingerprint, "points": len(made)}))
+    elif finished:
+        print(f"nothing to do: {to} is finished (--force does it again)")
+    else:
+        print(f"{len(made)} points in {to}: next, distillens evaluate {to}")
+
+
+@app.command()
+def evaluate(
+    folders: Folders,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Real data; that of the sets by default.")
+    ] = None,
+    protocol: Annotated[str, typer.Option("--protocol", help="distillens list protocols.")] = "wddl",
+    nets: Annotated[int, typer.Option("--nets", min=1, help="Networks a set.")] = 5,
+    seed: Seed = 0,
+    to: Annotated[
+        Path | None, typer.Option("--to", help="Where the result goes; the first folder by default.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train fresh networks on distilled sets; random subset, herding and full data stand beside."""
+    from distillens import pipeline
+
+    sets, initial, source = _load(folders)
+    place = to or folders[0]
+    with _progress(as_json) as tell:
+        result = pipeline.evaluate(
+            sets,
+            data or source,
+            protocol=protocol,
+            nets=nets,
+            seed=seed,
+            initial=initial,
+            store=place / "store",
+            tell=tell,
+        )
+    _deliver([result], place, as_json)
+
+
+@app.command()
+def ask(
+    question: Annotated[str, typer.Argument(help="An analysis, or a question: ask behaviour.")],
+    folders: Folders,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Real data; that of the sets by default.")
+    ] = None,
+    settings: Settings = None,
+    seed: Seed = 0,
+    to: Annotated[
+        Path | None, typer.Option("--to", help="Where results go; the first folder by default.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Ask one analysis, or all of a question, about one set or several."""
+    from distillens import pipeline
+
+    names = pipeline.analyses_of(question)
+    sets, _, source = _load(folders)
+    place = to or folders[0]
+    with _progress(as_json) as tell:
+        results = [
+            pipeline.ask(
+                name,
+                sets,
+                data or source,
+                settings=settings or (),
+                seed=seed,
+                store=place / "store",
+                tell=tell,
+            )
+            for name in names
+        ]
+    _deliver(results, place, as_json)
+
+
+@app.command()
+def report(
+    folders: Annotated[
+        list[Path], typer.Argument(help="Run folders: a study, or distilled sets with results.")
+    ],
+    to: Annotated[Path | None, typer.Option("--to", help="The page, .html or .md.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the report of one run folder or several."""
+    from distillens.report import write
+
+    page = write(folders[0], *folders[1:], to=to)
+    print(json.dumps({"report": str(page)}) if as_json else f"report: {page}")
+
+
+@app.command(name="list")
+def list_(
+    what: Annotated[str, typer.Argument(help="distillers, analyses, nets, data or protocols.")],
+    as_json: Json = False,
+) -> None:
+    """What there is: distillers, analyses, nets, data, protocols."""
+    from distillens import pipeline
+
+    rows = pipeline.listed(what)
+    if as_json:
+        print(json.dumps(rows))
+        return
+    width = max(len(row["name"]) for row in rows)
+    for row in rows:
+        print(f"{row['name']:<{width}}  {row.get('about', '')}".rstrip())
+
+
+def _load(
+    folders: Sequence[Path],
+) -> tuple[dict[str, list[DistilledDataset]], dict[str, list[DistilledDataset]], str]:
+    """Sets by method (folders of one method are its replicates), what they started from, and their data."""
+    from distillens.core.artefact import DistilledDataset
+
+    sets: dict[str, list[DistilledDataset]] = {}
+    initial: dict[str, list[DistilledDataset]] = {}
+    sources = set()
+    for folder in folders:
+        one = DistilledDataset.load(folder)
+        assert one.provenance is not None
+        sets.setdefault(one.provenance.method, []).append(one)
+        sources.add(one.provenance.data)
+        if (folder / "initial" / "provenance.json").is_file():
+            initial.setdefault(one.provenance.method, []).append(DistilledDataset.load(folder / "initial"))
+    if len(sources) > 1:
+        raise UserError(
+            "these sets come from different data", got=", ".join(sorted(sources)), fix="name one with --data"
+        )
+    whole = {name: many for name, many in initial.items() if len(many) == len(sets[name])}
+    return sets, whole, sources.pop()
+
+
+def _deliver(results: Sequence[Result], place: Path, as_json: bool) -> None:
+    """Save results, and print their headlines and claims."""
+    paths = [result.save(place / "results") for result in results]
+    if as_json:
+        saved = [json.loads(path.read_text()) for path in paths]
+        kept = ("analysis", "headline", "claims", "notes")
+        print(json.dumps([{name: one[name] for name in kept} for one in saved]))
+        return
+    for result, path in zip(results, paths, strict=True):
+        print(result.title)
+        for name, estimate in result.headline().items():
+            print(f"  {name}: {estimate.text()}  (n = {estimate.n}, {estimate.unit})")
+        for claim in result.claims():
+            print(f"  {claim.verdict:>13}: {claim.subject} {claim.statement} ({claim.estimate.text()})")
+        print(f"  saved: {path}; for a page: distillens report {place}")
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command; a user's mistake is one line on standard error and exit code 2."""
+    if len(sys.argv) > 1 and not {"--help", "--version"} & set(sys.argv):
+        from distillens.engine.workers import settle_process
+
+        settle_process()
+    try:
+        app()
+    except UserError as error:
+        print(f"distillens: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("distillens: stopped; the same command goes on where it was", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,431 @@
+"""The verbs as functions: distil, evaluate, ask, report. The one place where provenance is written."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import distillens
+from distillens import analyses, distillers
+from distillens.core.artefact import DistilledDataset, Provenance
+from distillens.core.checks import UserError, at_least, unknown
+from distillens.core.config import describe, override
+from distillens.core.contracts import Analysis, Distiller, Problem, Sets, State
+from distillens.core.dataset import Dataset, Splits
+from distillens.core.result import Result
+from distillens.core.rng import Key
+from distillens.core.storage import read_json, write_json
+from distillens.data import load, sources
+from distillens.engine.plan import Plan
+from distillens.engine.workers import Engine, cores
+from distillens.evaluation import protocol as protocols
+from distillens.evaluation.accuracy import Accuracy
+from distillens.report import write
+from distillens.runs import Runs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CHECKPOINT_SECONDS = 10.0
+Tell = Callable[[str, int, int], None]  # (what is being done, done, of how many)
+Given = DistilledDataset | Sequence[DistilledDataset]
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """One distillation to make: method, images a class, replicate, seed."""
+
+    name: str
+    distiller: Distiller
+    ipc: int
+    replicate: int = 0
+    seed: int = 0
+
+    @property
+    def key(self) -> Key:
+        """The distillation key: each method, size and replicate has its own."""
+        return Key(self.seed, ("distil", self.name, self.ipc, self.replicate))
+
+    def problem(self, real: Dataset, inputs: Mapping[str, Any] | None = None) -> Problem:
+        """What the method is asked."""
+        return Problem(real, self.ipc, self.key, inputs or {})
+
+    def provenance(self, real: Splits, plan: Plan) -> Provenance:
+        """Where the set will have come from; known before it is made."""
+        needed = self.distiller.needs(self.problem(real.train))
+        return Provenance(
+            method=self.name,
+            settings=describe(self.distiller),
+            ipc=self.ipc,
+            key=self.key,
+            data=real.source,
+            data_fingerprint=real.fingerprint,
+            inputs={name: training.fingerprint for name, training in needed.items()},
+            plan=describe(plan),
+            versions=versions(),
+        )
+
+
+def versions() -> dict[str, str]:
+    """The versions that bytes depend on."""
+    return {
+        "distillens": distillens.__version__,
+        "torch": str(torch.__version__),
+        "python": ".".join(map(str, sys.version_info[:3])),
+    }
+
+
+def order(
+    name: str, real: Splits, ipc: int, *, settings: Sequence[str] = (), seed: int = 0, replicate: int = 0
+) -> Order:
+    """A distillation with the method's defaults for this data and size, and some settings changed.
+
+    Raises:
+        UserError: method or setting is unknown, or a value does not fit.
+    """
+    at_least(1, name, ipc=ipc)
+    defaults = distillers.room.find(name).defaults(real.train, ipc)
+    return Order(name, override(defaults, settings), ipc, replicate, seed)
+
+
+def distill(
+    method: str,
+    data: Splits | str = "digits",
+    *,
+    ipc: int = 1,
+    seed: int = 0,
+    replicate: int = 0,
+    settings: Sequence[str] = (),
+    to: Path | None = None,
+    force: bool = False,
+    device: str = "cpu",
+    tell: Tell = silent,
+) -> DistilledDataset:
+    """Distil a dataset with one method.
+
+    With ``to`` the set is written there with its initialisation and its log; a finished one is loaded, an
+    interrupted one goes on, one that was made otherwise is refused unless ``force``.
+
+    >>> distill("random_subset", ipc=2).dataset().images.shape
+    torch.Size([20, 1, 8, 8])
+
+    Raises:
+        UserError: a name, a setting, the data or the folder does not fit.
+    """
+    real = (load(data) if isinstance(data, str) else data).to(check_device(device))
+    wanted = order(method, real, ipc, settings=settings, seed=seed, replicate=replicate)
+    with session(real, to.parent / f".{to.name}.store" if to else None, device=device) as runs:
+        done = make(wanted, real, runs, to, force=force, tell=tell)
+    if to is not None:
+        _remove(to.parent / f".{to.name}.store")
+    return done
+
+
+def make(
+    wanted: Order, real: Splits, runs: Runs, to: Path | None, *, force: bool = False, tell: Tell = silent
+) -> DistilledDataset:
+    """Make one distilled set, or load it where it is already made."""
+    provenance = wanted.provenance(real, runs.plan)
+    if to is not None:
+        claim(to, provenance.to_json(), force=force)
+        if (to / "provenance.json").is_file():
+            return DistilledDataset.load(to)
+    problem = wanted.problem(real.train, inputs_of([wanted], real, runs, tell)[0])
+    return run(wanted.distiller, problem, provenance, to, tell)
+
+
+def inputs_of(orders: Sequence[Order], real: Splits, runs: Runs, tell: Tell = silent) -> list[dict[str, Any]]:
+    """What each method starts from, trained together where it is missing."""
+    needs = [one.distiller.needs(one.problem(real.train)) for one in orders]
+    runs.make(
+        [training for each in needs for training in each.values()],
+        report=lambda done, total: tell("training what the methods start from", done, total),
+    )
+    return [{name: runs.get(training)[0] for name, training in each.items()} for each in needs]
+
+
+def run(
+    distiller: Distiller,
+    problem: Problem,
+    provenance: Provenance,
+    to: Path | None,
+    tell: Tell = silent,
+) -> DistilledDataset:
+    """All steps of one distillation, with a checkpoint now and then, and the finished set."""
+    started = distiller.start(problem)
+    state, first = started, 0
+    history: dict[str, list[float]] = {}
+    checkpoint = None if to is None else to / "checkpoint.safetensors"
+    if checkpoint is not None and checkpoint.is_file():
+        state, first, history = _resume(checkpoint)
+    last_saved = time.monotonic()
+    for i in range(first, distiller.steps):
+        state, log = distiller.step(problem, state, i)
+        for name, value in log.items():
+            history.setdefault(name, []).append(value)
+        tell(f"distilling with {provenance.method}", i + 1, distiller.steps)
+        if checkpoint is not None and time.monotonic() - last_saved > CHECKPOINT_SECONDS:
+            _checkpoint(checkpoint, state, i + 1, history)
+            last_saved = time.monotonic()
+    done = replace(distiller.finish(problem, state), provenance=provenance)
+    if to is not None and checkpoint is not None:
+        if not distiller.selects:
+            begun = replace(distiller.finish(problem, started), provenance=provenance)
+            begun.save(to / "initial")
+        write_json(to / "log.json", history)
+        done.save(to)
+        checkpoint.unlink(missing_ok=True)
+    return done
+
+
+def _checkpoint(path: Path, state: State, step: int, history: Mapping[str, list[float]]) -> None:
+    logs = {f"log.{name}": torch.tensor(values, dtype=torch.float64) for name, values in history.items()}
+    tensors = {f"state.{name}": value for name, value in state.tensors.items()}
+    values = {f"state.{name}": value for name, value in state.values.items()}
+    State(tensors | logs, {**values, "step": step}).save(path)
+
+
+def _resume(path: Path) -> tuple[State, int, dict[str, list[float]]]:
+    saved = State.load(path)
+    state = State(
+        {name[6:]: tensor for name, tensor in saved.tensors.items() if name.startswith("state.")},
+        {name[6:]: value for name, value in saved.values.items() if name.startswith("state.")},
+    )
+    logs = {name[4:]: tensor.tolist() for name, tensor in saved.tensors.items() if name.startswith("log.")}
+    return state, int(saved.values["step"]), logs
+
+
+def claim(folder: Path, request: Mapping[str, Any], *, force: bool = False) -> None:
+    """Take a run folder for a request, or recognise the one it was made for.
+
+    Raises:
+        UserError: the folder holds something else; the message names what differs.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file", expected="a folder to write to")
+    note = folder / "request.json"
+    if note.is_file() and not force:
+        before = read_json(note)
+        if before != request:
+            raise UserError(
+                f"{folder} was made with other settings",
+                got=_difference(before, dict(request)),
+                fix="choose another folder with --to, or redo it with --force",
+            )
+        return
+    if folder.is_dir() and not note.is_file() and any(folder.iterdir()):
+        raise UserError(
+            f"{folder} holds files that are not a run of distillens", fix="choose another with --to"
+        )
+    if force and note.is_file():
+        _empty(folder)
+    write_json(note, request)
+
+
+def _difference(before: Any, now: Any, place: str = "") -> str:
+    """The first place where two JSON values differ, in words."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in sorted({*before, *now}):
+            if before.get(name) != now.get(name):
+                return _difference(before.get(name), now.get(name), f"{place}.{name}" if place else name)
+    return f"{place} {before!r} there, {now!r} asked for"
+
+
+def _empty(folder: Path) -> None:
+    """Remove a run's own files, the request last of all."""
+    for item in sorted(folder.iterdir(), key=lambda path: path.name == "request.json"):
+        _remove(item)
+
+
+def _remove(item: Path) -> None:
+    if item.is_dir():
+        shutil.rmtree(item)
+    else:
+        item.unlink(missing_ok=True)
+
+
+def check_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        has = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        raise UserError(f"there is no device {name!r} here", expected=", ".join(has)) from error
+    return device
+
+
+@contextmanager
+def session(
+    real: Splits, store: Path | None = None, *, workers: int | None = None, device: str = "cpu"
+) -> Iterator[Runs]:
+    """A store of runs with an engine that fits the data and the machine; ends its workers on the way out."""
+    plan = Plan.resolve(real.train)
+    if workers is None:
+        workers = max(1, cores() // plan.threads) if torch.device(device).type == "cpu" else 1
+    with Engine(workers, plan.threads) as engine:
+        yield Runs(plan, engine, store)
+
+
+def gather(sets: Mapping[str, Given], initial: Mapping[str, Given] | None = None) -> Sets:
+    """Distilled sets by name as an analysis takes them; a single set is one replicate."""
+
+    def many(given: Given) -> tuple[DistilledDataset, ...]:
+        return (given,) if isinstance(given, DistilledDataset) else tuple(given)
+
+    return Sets(
+        {name: many(given) for name, given in sets.items()},
+        {},
+        {name: many(given) for name, given in (initial or {}).items()},
+    )
+
+
+def with_baselines(sets: Sets, real: Splits, runs: Runs, *, seed: int = 0, tell: Tell = silent) -> Sets:
+    """The sets beside random subsets and herding of their size, one a replicate."""
+    first = next(iter(sets.distilled.values()))
+    ipc = max(1, round(first[0].ipc))
+    replicates = max(map(len, sets.distilled.values()))
+    baselines = {}
+    for name in ("random_subset", "herding"):
+        orders = [order(name, real, ipc, seed=seed, replicate=r) for r in range(replicates)]
+        inputs = inputs_of(orders, real, runs, tell)
+        baselines[name] = tuple(
+            replace(_selected(one, real, given), provenance=one.provenance(real, runs.plan))
+            for one, given in zip(orders, inputs, strict=True)
+        )
+    return Sets(sets.distilled, baselines, sets.initial)
+
+
+def _selected(one: Order, real: Splits, inputs: Mapping[str, Any]) -> DistilledDataset:
+    problem = one.problem(real.train, inputs)
+    return one.distiller.finish(problem, one.distiller.start(problem))
+
+
+def evaluate(
+    sets: Mapping[str, Given],
+    data: Splits | str,
+    *,
+    protocol: str = "wddl",
+    nets: int = 5,
+    net: Any = None,
+    seed: int = 0,
+    initial: Mapping[str, Given] | None = None,
+    store: Path | None = None,
+    tell: Tell = silent,
+) -> Result:
+    """Train fresh networks on each set; a random subset, herding and the full data stand beside it.
+
+    ``nets`` networks look at each set. With one set a name the interval covers training only.
+    """
+    real = load(data) if isinstance(data, str) else data
+    chosen = replace(protocols.find(protocol), nets=nets)
+    analysis = replace(Accuracy.defaults(real.train), protocol=chosen, **({"net": net} if net else {}))
+    return _answer(analysis, gather(sets, initial), real, store, seed, tell)
+
+
+def ask(
+    name: str,
+    sets: Mapping[str, Given],
+    data: Splits | str,
+    *,
+    settings: Sequence[str] = (),
+    seed: int = 0,
+    store: Path | None = None,
+    tell: Tell = silent,
+) -> Result:
+    """The answer of one analysis (``pointwise/leave_one_out``) about some sets.
+
+    Raises:
+        UserError: the analysis or a setting is unknown, or the sets do not belong to the data.
+    """
+    real = load(data) if isinstance(data, str) else data
+    analysis = override(analyses.room.find(name).defaults(real.train), settings)
+    return _answer(analysis, gather(sets), real, store, seed, tell)
+
+
+def _answer(
+    analysis: Analysis[Any], sets: Sets, real: Splits, store: Path | None, seed: int, tell: Tell
+) -> Result:
+    sets.check_against(real)
+    with session(real, store) as runs:
+        beside = with_baselines(sets, real, runs, seed=seed, tell=tell)
+        key = analysis_key(seed)
+        runs.make(
+            analysis.trainings(beside, real, key=key),
+            report=lambda done, total: tell("training models", done, total),
+        )
+        result: Result = analysis(beside, real, runs, key=key)
+    return result
+
+
+def analysis_key(seed: int, ipc: int = 0) -> Key:
+    """The key of everything that looks at sets: network keys are shared by all analyses of a size."""
+    return Key(seed, ("analyse", ipc))
+
+
+def analyses_of(name: str) -> list[str]:
+    """The analyses that a name stands for: itself, or all of a question (``behaviour``)."""
+    known = analyses.room.names()
+    in_room = [one for one in known if one.startswith(f"{name}/")]
+    if not in_room and name not in known:
+        questions = sorted({one.partition("/")[0] for one in known})
+        raise unknown("analysis or question", name, [*known, *questions])
+    return in_room or [name]
+
+
+def write_report(folder: Path, *others: Path, to: Path | None = None) -> Path:
+    """Write the report of one run folder or several; the path of the page."""
+    return write(folder, *others, to=to)
+
+
+def listed(what: str) -> list[dict[str, Any]]:
+    """What there is of a kind: distillers, analyses, nets, data or protocols.
+
+    Raises:
+        UserError: there is no such kind.
+    """
+    from distillens import nets
+
+    def first_line(item: Any) -> str:
+        return str(item.__doc__ or "").strip().partition("\n")[0]
+
+    kinds: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "distillers": lambda: [
+            {
+                "name": name,
+                "about": first_line(found := distillers.room.find(name)),
+                "family": found.family,
+                "paper": found.paper,
+            }
+            for name in distillers.room.names()
+        ],
+        "analyses": lambda: [
+            {"name": name, "about": analyses.room.find(name).question} for name in analyses.room.names()
+        ],
+        "nets": lambda: [
+            {"name": name, "about": first_line(nets.room.find(name))} for name in nets.room.names()
+        ],
+        "data": lambda: [{"name": name} for name in sources()],
+        "protocols": lambda: [
+            {"name": name, "about": one.source} for name, one in protocols.PROTOCOLS.items()
+        ],
+    }
+    if what not in kinds:
+        raise unknown("list", what, kinds)
+    return kinds[what]()

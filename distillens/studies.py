@@ -1,0 +1,401 @@
+"""The main job: distil, evaluate, ask the three questions, write the report; stop and go on anywhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from distillens import analyses, distillers, pipeline
+from distillens.core.artefact import DistilledDataset, Provenance
+from distillens.core.checks import UserError, unknown
+from distillens.core.config import describe, override
+from distillens.core.contracts import Distiller, Problem, Sets
+from distillens.core.dataset import Splits
+from distillens.core.result import Result
+from distillens.core.storage import write_json
+from distillens.engine.plan import Plan
+from distillens.evaluation import protocol as protocols
+from distillens.evaluation.accuracy import Accuracy
+from distillens.pipeline import Order, Tell, analysis_key, claim, inputs_of, session, silent, versions
+from distillens.runs import Runs
+from distillens.train import Training, chunks, train
+
+METHODS = ("dm", "dc", "mtt", "bptt")
+BASELINES = ("random_subset", "herding")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a study does unless told otherwise.
+
+    ``whole`` lists the sizes at which leave-one-out is asked of every method; at others it is asked of the
+    first method only (it retrains once a point).
+    """
+
+    name: str
+    ipc: tuple[int, ...]
+    replicates: int
+    whole: tuple[int, ...] | None = None
+    inits: int = 3
+
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        Preset("quick", (1, 10), 5, whole=(1,)),
+        Preset("full", (1, 10), 10, inits=5),
+        Preset("smoke", (1,), 2, whole=(), inits=2),
+    )
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """A study as it was asked for: known in full before any of it runs."""
+
+    real: Splits
+    methods: tuple[str, ...]
+    ipc: tuple[int, ...]
+    replicates: int
+    preset: Preset
+    seed: int
+    protocol: str
+    settings: tuple[str, ...]
+    plan: Plan
+
+    def settings_for(self, name: str) -> list[str]:
+        """The settings that were given to a method or an analysis, without its name."""
+        leaf = name.rpartition("/")[2]
+        return [s.partition(".")[2] for s in self.settings if s.partition(".")[0] == leaf]
+
+    @cached_property
+    def orders(self) -> list[Order]:
+        """Every distilled set and baseline to make."""
+        return [
+            pipeline.order(
+                name, self.real, ipc, settings=self.settings_for(name), seed=self.seed, replicate=r
+            )
+            for ipc in self.ipc
+            for name in (*self.methods, *BASELINES)
+            for r in range(self.replicates)
+        ]
+
+    def questions(self, ipc: int) -> list[Any]:
+        """The analyses to ask at a size, the evaluation first."""
+        accuracy = replace(Accuracy.defaults(self.real.train), protocol=protocols.find(self.protocol))
+        asked: list[Any] = [override(accuracy, self.settings_for("accuracy"))]
+        for name in analyses.room.names():
+            analysis: Any = analyses.room.find(name).defaults(self.real.train)
+            if name == "pointwise/leave_one_out":
+                whole = self.preset.whole is None or ipc in self.preset.whole
+                only = () if whole else self.methods[:1]
+                analysis = replace(analysis, inits=self.preset.inits, only=only)
+            asked.append(override(analysis, self.settings_for(name)))
+        return asked
+
+    def request(self) -> dict[str, Any]:
+        """What the run folder is locked to."""
+        return {
+            "data": self.real.source,
+            "data_fingerprint": self.real.fingerprint,
+            "methods": [describe(one.distiller) | {"name": one.name, "ipc": one.ipc} for one in self.orders],
+            "replicates": self.replicates,
+            "questions": {str(ipc): [describe(one) for one in self.questions(ipc)] for ipc in self.ipc},
+            "seed": self.seed,
+            "plan": describe(self.plan),
+            "versions": versions(),
+        }
+
+    def command(self) -> str:
+        """The command that makes this study again (the folder is the caller's)."""
+        parts = [
+            "distillens study",
+            f"--data {self.real.source}",
+            f"--methods {','.join(self.methods)}",
+            f"--ipc {','.join(map(str, self.ipc))}",
+            f"--replicates {self.replicates}",
+            f"--preset {self.preset.name}",
+            f"--protocol {self.protocol}",
+            f"--seed {self.seed}",
+            *(f"--set {setting}" for setting in self.settings),
+        ]
+        return " ".join(parts)
+
+
+def design(
+    real: Splits,
+    *,
+    methods: Sequence[str] = METHODS,
+    ipc: Sequence[int] = (),
+    preset: str = "quick",
+    replicates: int | None = None,
+    seed: int = 0,
+    protocol: str = "wddl",
+    settings: Sequence[str] = (),
+) -> Study:
+    """A study of some data, checked in full.
+
+    ``settings`` carry the name of a method or an analysis first: ``mtt.steps=500``, ``leave_one_out.inits=5``.
+
+    Raises:
+        UserError: a name, a setting or a size does not fit.
+    """
+    if preset not in PRESETS:
+        raise unknown("preset", preset, PRESETS)
+    chosen = PRESETS[preset]
+    if not methods:
+        raise UserError("a study needs at least one method", expected=", ".join(distillers.room.names()))
+    for name in methods:
+        distillers.room.find(name)
+        if name in BASELINES:
+            raise UserError(f"{name} is in every study as a baseline", fix="leave it out of --methods")
+    if len(set(methods)) != len(methods):
+        raise UserError("a method is named twice", got=", ".join(methods))
+    owners = [*methods, *BASELINES, "accuracy", *(n.rpartition("/")[2] for n in analyses.room.names())]
+    for setting in settings:
+        owner = setting.partition("=")[0].partition(".")[0]
+        if owner not in owners:
+            raise unknown("owner of a setting", owner, owners)
+    study = Study(
+        real,
+        tuple(methods),
+        tuple(ipc) or chosen.ipc,
+        replicates or chosen.replicates,
+        chosen,
+        seed,
+        protocol,
+        tuple(settings),
+        Plan.resolve(real.train),
+    )
+    for size in study.ipc:
+        study.questions(size)
+        pipeline.order("random_subset", real, size).distiller.start(
+            Problem(real.train, size, analysis_key(seed))
+        )
+    return study
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a study will cost: sets to distil, models to train, seconds on this machine."""
+
+    sets: int
+    models: int
+    seconds: float
+
+    def text(self) -> str:
+        """One line."""
+        minutes = self.seconds / 60
+        span = f"{minutes:.0f} min" if minutes >= 2 else f"{self.seconds:.0f} s"
+        return f"{self.sets} sets to distil, {self.models:,} models to train: about {span}"
+
+
+def forecast(study: Study, workers: int) -> Forecast:
+    """The cost of a whole study: trainings counted exactly, time from one short training on this machine.
+
+    Random subsets stand in for the sets that are not there yet: they have the same sizes.
+    """
+    real = study.real
+    problems = [one.problem(real.train) for one in study.orders]
+    trainings = [
+        training
+        for one, problem in zip(study.orders, problems, strict=True)
+        for training in one.distiller.needs(problem).values()
+    ]
+    passes = sum(one.distiller.work(p) for one, p in zip(study.orders, problems, strict=True))
+    for ipc in study.ipc:
+        stand_in = _stand_ins(study, ipc)
+        for question in study.questions(ipc):
+            trainings += question.trainings(stand_in, real, key=analysis_key(study.seed, ipc))
+    distinct = {part.fingerprint: part for t in trainings for part in chunks(t, study.plan)}
+    passes += sum(2.93 * part.image_steps for part in distinct.values())
+    models = sum(len(part.keys) for part in distinct.values())
+    return Forecast(len(study.orders), models, passes * _seconds_a_pass(study) / workers)
+
+
+def _stand_ins(study: Study, ipc: int) -> Sets:
+    def subset(name: str, r: int) -> DistilledDataset:
+        order = pipeline.order("random_subset", study.real, ipc, seed=study.seed, replicate=r)
+        problem = Problem(study.real.train, ipc, order.key.fold("stand-in", name))
+        return order.distiller.finish(problem, order.distiller.start(problem))
+
+    def many(name: str) -> tuple[DistilledDataset, ...]:
+        return tuple(subset(name, r) for r in range(study.replicates))
+
+    learned = [name for name in study.methods if not distillers.room.find(name).selects]
+    return Sets(
+        {name: many(name) for name in study.methods},
+        {name: many(name) for name in BASELINES},
+        {name: many(f"{name}, start") for name in learned},
+    )
+
+
+def _seconds_a_pass(study: Study) -> float:
+    """Seconds of one forward pass of one image, from a few training steps of one model."""
+    accuracy = study.questions(study.ipc[0])[0]
+    data = study.real.train.take(study.real.train.by_class[0][:100])
+    training = Training(
+        data,
+        accuracy.net,
+        accuracy.protocol.recipe.but(steps=4, batch=None, schedule="constant"),
+        (analysis_key(0),),
+    )
+    train(training, study.plan)
+    begun = time.perf_counter()
+    train(training, study.plan)
+    return (time.perf_counter() - begun) / (2.93 * training.image_steps)
+
+
+def study(
+    real: Splits,
+    to: Path,
+    *,
+    workers: int | None = None,
+    force: bool = False,
+    device: str = "cpu",
+    tell: Tell = silent,
+    announce: Callable[[str], None] = lambda line: None,
+    **wishes: Any,
+) -> Path:
+    """Do a whole study in the folder ``to``; the path of its report. ``wishes`` are those of ``design``.
+
+    An interrupted study goes on where it stopped and ends in the same bytes; a finished one does nothing.
+
+    Raises:
+        UserError: a wish does not fit, or the folder was made with others.
+    """
+    wanted = design(real.to(pipeline.check_device(device)), **wishes)
+    claim(to, wanted.request(), force=force)
+    page = to / "report.html"
+    if page.is_file():
+        announce(f"nothing to do: {page} is finished (--force does it again)")
+        return page
+    with session(wanted.real, to / "store", workers=workers, device=device) as runs:
+        cost = forecast(wanted, runs.engine.workers)
+        announce(f"{cost.text()} ({runs.engine.workers} worker{'s' if runs.engine.workers > 1 else ''})")
+        begun = time.monotonic()
+        folders = _distil(wanted, to, runs, tell)
+        everything = {ipc: _sets(wanted, to, ipc) for ipc in wanted.ipc}
+        _train(wanted, everything, runs, tell)
+        _analyse(wanted, everything, to, runs, tell)
+        write_json(to / "study.json", _about(wanted, cost, folders))
+        # Times are not part of what a study ends in: they would change its bytes.
+        write_json(to / "timing.json", {"forecast": cost.seconds, "seconds": time.monotonic() - begun})
+    return pipeline.write_report(to)
+
+
+def folder_of(order: Order) -> str:
+    """Where a set lies in its study's folder."""
+    return f"sets/ipc{order.ipc}/{order.name}/{order.replicate}"
+
+
+def _distil(wanted: Study, to: Path, runs: Runs, tell: Tell) -> dict[str, Order]:
+    orders = wanted.orders
+    missing = [one for one in orders if not (to / folder_of(one) / "provenance.json").is_file()]
+    inputs = inputs_of(missing, wanted.real, runs, tell)
+    jobs: list[tuple[Distiller, Problem, Provenance, Path]] = []
+    for one, given in zip(missing, inputs, strict=True):
+        provenance = one.provenance(wanted.real, runs.plan)
+        claim(to / folder_of(one), provenance.to_json())
+        jobs.append((one.distiller, one.problem(wanted.real.train, given), provenance, to / folder_of(one)))
+    # Long jobs first: the workers end together.
+    jobs.sort(key=lambda job: -job[0].work(job[1]))
+    done = len(orders) - len(missing)
+    if runs.engine.workers == 1:
+        for i, job in enumerate(jobs):
+            pipeline.run(*job, tell=tell)
+            tell("distilling the sets", done + i + 1, len(orders))
+    else:
+        for i, _ in enumerate(runs.engine.map(pipeline.run, jobs)):
+            tell("distilling the sets", done + i + 1, len(orders))
+    return {folder_of(one): one for one in orders}
+
+
+def _sets(wanted: Study, to: Path, ipc: int) -> Sets:
+    def many(name: str, inner: str = "") -> tuple[DistilledDataset, ...]:
+        base = to / "sets" / f"ipc{ipc}" / name
+        device = wanted.real.train.device
+        return tuple(
+            _moved(DistilledDataset.load(base / str(r) / inner), device) for r in range(wanted.replicates)
+        )
+
+    learned = [name for name in wanted.methods if not distillers.room.find(name).selects]
+    return Sets(
+        {name: many(name) for name in wanted.methods},
+        {name: many(name) for name in BASELINES},
+        {name: many(name, "initial") for name in learned},
+    )
+
+
+def _moved(distilled: DistilledDataset, device: Any) -> DistilledDataset:
+    if device.type == "cpu":
+        return distilled
+    stored = {name: tensor.to(device) for name, tensor in distilled.stored.items()}
+    return replace(distilled, stored=stored, labels=distilled.labels.to(device))
+
+
+def _train(wanted: Study, everything: Mapping[int, Sets], runs: Runs, tell: Tell) -> None:
+    """Train for all questions of all sizes together: one queue, no model twice."""
+    trainings = [
+        training
+        for ipc, sets in everything.items()
+        for question in wanted.questions(ipc)
+        for training in question.trainings(sets, wanted.real, key=analysis_key(wanted.seed, ipc))
+    ]
+    runs.make(trainings, report=lambda done, total: tell("training models for all questions", done, total))
+
+
+def _analyse(wanted: Study, everything: Mapping[int, Sets], to: Path, runs: Runs, tell: Tell) -> None:
+    total = sum(len(wanted.questions(ipc)) for ipc in everything)
+    done = 0
+    for ipc, sets in everything.items():
+        for question in wanted.questions(ipc):
+            result: Result = question(sets, wanted.real, runs, key=analysis_key(wanted.seed, ipc))
+            result.save(to / "results" / f"ipc{ipc}", {"ipc": ipc, "settings": describe(question)})
+            done += 1
+            tell("answering", done, total)
+
+
+def _about(wanted: Study, cost: Forecast, folders: Mapping[str, Order]) -> dict[str, Any]:
+    """``study.json``: what a report says of the whole."""
+    real = wanted.real
+    return {
+        "title": f"{real.source}: {', '.join(wanted.methods)}",
+        "command": wanted.command(),
+        "data": {
+            "source": real.source,
+            "classes": list(real.train.classes),
+            "train": len(real.train),
+            "val": len(real.val),
+            "test": len(real.test),
+            "shape": list(real.train.shape),
+            "fingerprint": real.fingerprint,
+        },
+        "preset": wanted.preset.name,
+        "versions": versions(),
+        "seed": wanted.seed,
+        "plan": {f.name: getattr(wanted.plan, f.name) for f in fields(wanted.plan)},
+        "trainings": cost.models,
+        "sets": [
+            {
+                "name": one.name,
+                "ipc": one.ipc,
+                "replicate": one.replicate,
+                "folder": folder,
+                "paper": type(one.distiller).paper,
+                "family": type(one.distiller).family,
+                "command": " ".join(
+                    [
+                        f"distillens distill {one.name} --data {real.source} --ipc {one.ipc}",
+                        f"--seed {one.seed} --replicate {one.replicate}",
+                        *(f"--set {setting}" for setting in wanted.settings_for(one.name)),
+                    ]
+                ),
+            }
+            for folder, one in folders.items()
+        ],
+    }
