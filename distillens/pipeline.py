@@ -374,9 +374,9 @@ def _answer(
     return result
 
 
-def analysis_key(seed: int, ipc: int = 0) -> Key:
-    """The key of everything that looks at sets: network keys are shared by all analyses of a size."""
-    return Key(seed, ("analyse", ipc))
+def analysis_key(seed: int) -> Key:
+    """The key of everything that looks at sets: analyses and sizes share judges, pools and network keys."""
+    return Key(seed, ("analyse",))
 
 
 def analyses_of(name: str) -> list[str]:

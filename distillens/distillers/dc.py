@@ -70,9 +70,7 @@ class DC:
         if small(like):
             if ipc == 1:
                 return cls(steps=150, lr_img=1.0, batch_real=64, init="real", net=net)
-            return cls(
-                steps=20, outer_loop=5, inner_loop=10, lr_img=1.0, lr_net=0.2, init="real", net=net
-            )
+            return cls(steps=20, outer_loop=5, inner_loop=10, lr_img=1.0, lr_net=0.2, init="real", net=net)
         outer, inner = LOOPS[min(LOOPS, key=lambda known: abs(known - ipc))]
         return cls(outer_loop=outer, inner_loop=inner, net=net)
 

@@ -78,9 +78,7 @@ class DM:
         with torch.no_grad():
             seen = torch.cat([augment.apply(batch, a) for batch, a in zip(real, draws, strict=True)])
             target = _by_class(self.net.features(params, buffers, seen)[0], k).mean(1)
-        shown = torch.cat(
-            [augment.apply(own, a) for own, a in zip(_by_class(images, k), draws, strict=True)]
-        )
+        shown = torch.cat([augment.apply(own, a) for own, a in zip(_by_class(images, k), draws, strict=True)])
         ours = _by_class(self.net.features(params, buffers, shown)[0], k).mean(1)
         loss = (target - ours).square().sum()
         (gradient,) = torch.autograd.grad(loss, images)

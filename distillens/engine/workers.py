@@ -64,7 +64,7 @@ class Engine:
         """Yield (index, result) as jobs finish; an error in a job is raised here."""
         if self.workers == 1 or len(jobs) < 2:
             for index, job in enumerate(jobs):
-                with _threads(self.threads):
+                with pinned_threads(self.threads):
                     result = function(*job)
                 yield index, result
             return
@@ -192,7 +192,8 @@ def settle_process() -> None:
 
 
 @contextlib.contextmanager
-def _threads(threads: int) -> Iterator[None]:
+def pinned_threads(threads: int) -> Iterator[None]:
+    """Use so many threads for a while, then as many as before."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -13,26 +13,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from distillens.core import palette
 from distillens.core.result import Estimate, Table, Verdict
 from distillens.report import numerals
 from distillens.report.glyph import Axis, Glyph, draw
 from distillens.report.summary import VERDICTS, Finding, Picture, Summary, TestedClaim
-
-# The paper's colours stand for families, so that a new method gets its family's.
-_FAMILIES = ("unrolled", "distribution", "gradient", "trajectory", "coreset")
-_FAMILY_OF = {
-    "bptt": "unrolled",
-    "dm": "distribution",
-    "dc": "gradient",
-    "gm": "gradient",
-    "mtt": "trajectory",
-    "tm": "trajectory",
-    "random": "coreset",
-    "random_subset": "coreset",
-    "herding": "coreset",
-    "real": "real",
-    "full": "real",
-}
 
 
 @dataclass(frozen=True)
@@ -70,12 +55,13 @@ def to_html(summary: Summary) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    families = {s.name: s.family for size in summary.sizes for s in size.sets}
+    known = {s.name for size in summary.sizes for s in size.sets} | {s.name for s in summary.subjects}
+    known |= {"real", "full data"}
 
     def colour(name: str) -> str:
-        first = re.split(r"[^\w-]", name, maxsplit=1)[0]
-        family = families.get(name) or families.get(first) or _FAMILY_OF.get(name) or _FAMILY_OF.get(first)
-        return family if family in (*_FAMILIES, "real") else "other"
+        """The class of the longest known name that ``name`` begins with; other names stay grey."""
+        own = [k for k in known if re.match(rf"{re.escape(k)}(?!\w)", name)]
+        return _class(palette.colour(max(own, key=len))) if own else "grey"
 
     environment.filters |= {
         "colour": colour,
@@ -92,7 +78,9 @@ def to_html(summary: Summary) -> str:
     }
     environment.tests["estimate"] = lambda value: isinstance(value, Estimate)
     rows = _rows(summary)
-    style, script = _source(environment, "report.css"), _source(environment, "report.js")
+    rules = "".join(map(_rule, sorted({palette.colour(name) for name in known})))
+    style = _source(environment, "report.css") + Markup(rules)
+    script = _source(environment, "report.js")
     return environment.get_template("report.html").render(
         summary=summary,
         several=len(summary.runs) > 1,
@@ -106,6 +94,15 @@ def to_html(summary: Summary) -> str:
         script=script,
         policy=_policy(style, script),
     )
+
+
+def _class(colour: str) -> str:
+    return f"c-{colour[1:].lower()}"
+
+
+def _rule(colour: str) -> str:
+    """The style of one colour; black is the ink's, which is light on a dark page."""
+    return f".{_class(colour)} {{ --own: {'var(--ink)' if colour == '#000000' else colour}; }}\n"
 
 
 def _rows(summary: Summary) -> dict[TestedClaim, tuple[_Row, ...]]:
@@ -160,7 +157,8 @@ def _replication(table: Table) -> Estimate | None:
 
 
 def _numeric(table: Table, column: int) -> bool:
-    return all(not isinstance(row[column], str) for row in table.rows if column < len(row))
+    """Whether a column holds numbers only; an empty cell says nothing."""
+    return all(row[column] == "" or not isinstance(row[column], str) for row in table.rows)
 
 
 def _uri(picture: Picture) -> str:

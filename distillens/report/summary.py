@@ -283,9 +283,7 @@ def _read_run(folder: Path, taken: Sequence[str]) -> tuple[Run, list[DistilledSe
         raise UserError(f"there is no folder {folder}", fix="give the folder that --to named")
     with _opened(folder / "study.json") as study:
         title = _untaken(str(study.get("title") or folder.resolve().name), taken)
-        places = {*folder.glob("provenance.json"), *folder.glob("sets/**/provenance.json")}
-        found = [{"folder": path.parent.relative_to(folder).as_posix()} for path in sorted(places)]
-        sets = _read_sets(folder, title, study.get("sets") or found)
+        sets = _read_sets(folder, title, study.get("sets") or _found(folder))
         made = next((copy.provenance for s in sets for copy in s.copies if copy.provenance), {})
         run = _run(title, study, made)
     only = sets[0].ipc if len({s.ipc for s in sets}) == 1 else None
@@ -299,6 +297,20 @@ def _read_run(folder: Path, taken: Sequence[str]) -> tuple[Run, list[DistilledSe
             fix=f"run this first: distillens study --data digits --to {folder}",
         )
     return run, sets, saved
+
+
+def _found(folder: Path) -> list[dict[str, Any]]:
+    """The sets that lie in a folder whose study was not finished; a set's start is not one of them."""
+    written = {*folder.glob("provenance.json"), *folder.glob("sets/**/provenance.json")}
+    places = [path.parent for path in written if path.parent.name != "initial"]
+    places.sort(key=lambda place: (place.parent, len(place.name), place.name))  # replicate 10 after 9
+    return [
+        {
+            "folder": place.relative_to(folder).as_posix(),
+            "replicate": place.name if place.name.isdecimal() else 0,
+        }
+        for place in places
+    ]
 
 
 def _untaken(title: str, taken: Sequence[str]) -> str:

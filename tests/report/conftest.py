@@ -101,6 +101,7 @@ def make_run(folder: Path, ipcs: tuple[int, ...] = (1, 10), replicates: int = 2)
                 write(folder / place / "provenance.json", {**provenance, "settings": {"steps": 500}})
                 write(folder / place / "preview.png", png(4 + ipc))
                 if family != "coreset":
+                    write(folder / place / "initial" / "provenance.json", provenance)
                     write(folder / place / "initial" / "preview.png", png(4 + ipc, shade=200))
                 entry = {"name": name, "ipc": ipc, "replicate": replicate, "folder": place, "paper": paper}
                 command = f"distillens distill {name} --data digits --ipc {ipc} --seed {replicate}"

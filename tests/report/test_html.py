@@ -166,13 +166,15 @@ def test_several_runs_are_told_apart(run: Path, tmp_path: Path) -> None:
     assert "24" in text
 
 
-def test_methods_have_the_papers_colours(run: Path) -> None:
-    page = Page(to_html(summarise(run)))
-    colours = {
-        attrs["class"] for tag, attrs in page.tags if tag == "span" and "swatch" in (attrs.get("class") or "")
-    }
-    assert colours == {"swatch distribution", "swatch trajectory", "swatch coreset"}
-    style = re.search(r"<style>(.*?)</style>", to_html(summarise(run)), re.S)
-    assert style
-    for rule in ("unrolled: #e69f00", "distribution: #0072b2", "gradient: #009e73", "trajectory: #cc79a7"):
-        assert f"--{rule};" in style[1]
+def test_names_have_the_colours_of_the_figures(run: Path) -> None:
+    html = to_html(summarise(run))
+    page = Page(html)
+    swatches = {attrs.get("class") for _, attrs in page.tags if "swatch" in (attrs.get("class") or "")}
+    assert swatches == {"swatch c-0072b2", "swatch c-cc79a7", "swatch c-7f7f7f"}
+    assert ".c-0072b2 { --own: #0072B2; }" in html
+    headline = [
+        attrs["class"]
+        for tag, attrs in page.tags
+        if tag == "div" and (attrs.get("class") or "").startswith("c-")
+    ]
+    assert set(headline) == {"c-0072b2", "c-000000"}  # dm, full data

@@ -99,6 +99,15 @@ def test_a_missing_part_is_left_out(run: Path, gone: str) -> None:
         assert [(size.ipc, len(size.sets)) for size in summary.sizes] == [(1, 3), (10, 3)]
 
 
+def test_without_a_study_replicates_stand_in_their_order(tmp_path: Path) -> None:
+    for replicate in range(12):
+        place = tmp_path / f"sets/ipc1/dm/{replicate}"
+        place.mkdir(parents=True)
+        (place / "provenance.json").write_text('{"method": "dm", "ipc": 1}')
+    (dm,) = summarise(tmp_path).sizes[0].sets
+    assert [copy.replicate for copy in dm.copies] == list(range(12))
+
+
 def test_an_empty_folder_says_what_to_run_first(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         summarise(tmp_path)

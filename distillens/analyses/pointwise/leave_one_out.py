@@ -116,8 +116,7 @@ class LeaveOneOut:
     def _influence(self, population: Population, data: Dataset) -> torch.Tensor:
         """Influence [inits, P, n] on each image's loss."""
         losses = population.losses(data).view(self.inits, -1, len(data))
-        influence: torch.Tensor = losses[:, 1:] - losses[:, :1]
-        return influence
+        return losses[:, 1:] - losses[:, :1]
 
 
 def _points(sets: Sets, name: str) -> DistilledDataset:
@@ -133,8 +132,7 @@ def _first_copy(distilled: DistilledDataset) -> torch.Tensor:
 def _most_moved(effect: torch.Tensor, data: Dataset, top: int) -> torch.Tensor:
     """The images [P, top, c, h, w] with the largest influence of each point, as pixels."""
     index = effect.topk(min(top, len(data)), dim=1).indices
-    pixels: torch.Tensor = data.space.to_pixels(data.images[index.flatten()])
-    return pixels.view(*index.shape, *data.shape)
+    return data.space.to_pixels(data.images[index.flatten()]).view(*index.shape, *data.shape)
 
 
 def own_class_share(effect: torch.Tensor, labels: torch.Tensor, data: Dataset) -> torch.Tensor:
@@ -175,7 +173,7 @@ def _ranks(values: torch.Tensor) -> torch.Tensor:
 def _correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     a = a - a.mean(-1, keepdim=True)
     b = b - b.mean(-1, keepdim=True)
-    return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)).clamp(min=1e-12)
+    return torch.div((a * b).sum(-1), (a.norm(dim=-1) * b.norm(dim=-1)).clamp(min=1e-12))
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,7 +204,7 @@ class LeaveOneOutResult(Result):
         effect = self.influence[name]
         if len(effect) < 2:
             return torch.full_like(effect[0], torch.inf)
-        return effect.std(0) / len(effect) ** 0.5
+        return torch.div(effect.std(0), len(effect) ** 0.5)
 
     def reliability(self, name: str) -> Estimate:
         """Rank correlation of influences between initialisations, over images, one value a point."""
