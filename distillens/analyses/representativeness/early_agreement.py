@@ -18,7 +18,7 @@ from distillens.core.result import Claim, Estimate, Result, Table
 from distillens.core.rng import Key
 from distillens.nets.convnet import ConvNet
 from distillens.runs import Runs
-from distillens.train import Observe, Population, Training, networks, on
+from distillens.train import Observe, Training, networks, on
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,19 +85,22 @@ class EarlyAgreement:
         sets.check_against(real)
         runs.make(self.trainings(sets, real, key=key))
         early, subset = runs.get(*self._pools(real, key))
-        subset_predictions = subset.predictions(real.test)
-        subset_accuracy = subset.accuracy(real.val)
-        early_accuracy = (early.seen["val"] == real.val.labels.hard()).double().mean(2)
+        pools = Pools(
+            early.seen["test"],
+            (early.seen["val"] == real.val.labels.hard()).double().mean(2),
+            early.seen_moments,
+            subset.predictions(real.test),
+            subset.accuracy(real.val),
+        )
         accuracies, with_early, with_subset, moments = {}, {}, {}, {}
         for name, trainings in self._own(sets, key).items():
+            populations = runs.get(*trainings)
+            accuracies[name] = torch.stack([own.accuracy(real.val).mean() for own in populations])
             rows = [
-                self._compare(own, real, early, early_accuracy, subset_predictions, subset_accuracy)
-                for own in runs.get(*trainings)
+                pools.compare(own.predictions(real.test), own.accuracy(real.val), self.tolerance)
+                for own in populations
             ]
-            accuracies[name] = torch.stack([row[0] for row in rows])
-            with_early[name] = torch.stack([row[1] for row in rows])
-            with_subset[name] = torch.stack([row[2] for row in rows])
-            moments[name] = torch.stack([row[3] for row in rows])
+            with_early[name], with_subset[name], moments[name] = map(torch.stack, zip(*rows, strict=True))
         return EarlyAgreementResult(
             tuple(sets.distilled), accuracies, with_early, with_subset, moments, self.tolerance
         )
@@ -140,39 +143,40 @@ class EarlyAgreement:
         grid = {round(16 * 1.06**i) for i in range(1, 200)}
         return tuple(sorted({t for t in {*range(1, 17), *grid} if t <= steps}))
 
-    def _compare(
-        self,
-        own: Population,
-        real: Splits,
-        early: Population,
-        early_accuracy: torch.Tensor,
-        subset_predictions: torch.Tensor,
-        subset_accuracy: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Validation accuracy, agreement with each early model and each subset model (NaN: not matched), moments.
 
-        Averaged over the set's own networks, each matched for itself.
+@dataclass(frozen=True, eq=False)
+class Pools:
+    """Real models to compare with: e stopped early after each of t updates, s trained on subsets.
+
+    Predicted classes on the test split and accuracy on the validation split.
+    """
+
+    early: torch.Tensor  # [e, t, n]
+    early_accuracy: torch.Tensor  # [e, t]
+    moments: tuple[int, ...]  # [t] updates
+    subset: torch.Tensor  # [s, n]
+    subset_accuracy: torch.Tensor  # [s]
+
+    def compare(
+        self, predicted: torch.Tensor, accuracy: torch.Tensor, tolerance: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Agreement with each early-stopped model [e], with each subset model [s], and the moments [e].
+
+        NaN where a model's validation accuracy is further than ``tolerance`` away. ``predicted`` [m, n] and
+        ``accuracy`` [m] are one set's networks, each matched for itself, then averaged.
         """
-        predicted = own.predictions(real.test)
-        accuracy = own.accuracy(real.val)
-        rows_early, rows_subset, rows_moment = [], [], []
+        with_early, with_subset, moments = [], [], []
         for mine, at in zip(predicted, accuracy, strict=True):
-            distance = (early_accuracy - at).abs()  # [models, moments]
+            distance = (self.early_accuracy - at).abs()
             nearest = distance.argmin(1)
-            theirs = early.seen["test"][torch.arange(len(early)), nearest]
-            agree = (theirs == mine).double().mean(1)
-            out = distance.min(1).values > self.tolerance
-            rows_early.append(agree.masked_fill(out, torch.nan))
-            moment = torch.tensor(early.seen_moments).double()[nearest]
-            rows_moment.append(moment.masked_fill(out, torch.nan))
-            agree = (subset_predictions == mine).double().mean(1)
-            rows_subset.append(agree.masked_fill((subset_accuracy - at).abs() > self.tolerance, torch.nan))
-        return (
-            accuracy.mean(),
-            torch.stack(rows_early).nanmean(0),
-            torch.stack(rows_subset).nanmean(0),
-            torch.stack(rows_moment).nanmean(0),
-        )
+            out = distance.min(1).values > tolerance
+            theirs = self.early[torch.arange(len(self.early)), nearest]
+            with_early.append((theirs == mine).double().mean(1).masked_fill(out, torch.nan))
+            moment = torch.tensor(self.moments).double()[nearest]
+            moments.append(moment.masked_fill(out, torch.nan))
+            far = (self.subset_accuracy - at).abs() > tolerance
+            with_subset.append((self.subset == mine).double().mean(1).masked_fill(far, torch.nan))
+        return tuple(torch.stack(rows).nanmean(0) for rows in (with_early, with_subset, moments))  # type: ignore[return-value]  # three rows
 
 
 @dataclass(frozen=True, eq=False)
