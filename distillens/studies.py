@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -282,11 +282,12 @@ def study(
         cost = forecast(wanted, runs.engine.workers)
         announce(f"{cost.text()} ({runs.engine.workers} worker{'s' if runs.engine.workers > 1 else ''})")
         begun = time.monotonic()
-        folders = _distil(wanted, to, runs, tell)
+        write_json(to / "study.json", _about(wanted, cost, {}))
+        _distil(wanted, to, runs, tell)
         everything = {ipc: _sets(wanted, to, ipc) for ipc in wanted.ipc}
         _train(wanted, everything, runs, tell)
         _analyse(wanted, everything, to, runs, tell)
-        write_json(to / "study.json", _about(wanted, cost, folders))
+        write_json(to / "study.json", _about(wanted, cost, everything))
         # Times are not part of what a study ends in: they would change its bytes.
         write_json(to / "timing.json", {"forecast": cost.seconds, "seconds": time.monotonic() - begun})
     return pipeline.write_report(to)
@@ -297,7 +298,7 @@ def folder_of(order: Order) -> str:
     return f"sets/ipc{order.ipc}/{order.name}/{order.replicate}"
 
 
-def _distil(wanted: Study, to: Path, runs: Runs, tell: Tell) -> dict[str, Order]:
+def _distil(wanted: Study, to: Path, runs: Runs, tell: Tell) -> None:
     orders = wanted.orders
     missing = [one for one in orders if not (to / folder_of(one) / "provenance.json").is_file()]
     inputs = inputs_of(missing, wanted.real, runs, tell)
@@ -316,7 +317,6 @@ def _distil(wanted: Study, to: Path, runs: Runs, tell: Tell) -> dict[str, Order]
     else:
         for i, _ in enumerate(runs.engine.map(pipeline.run, jobs)):
             tell("distilling the sets", done + i + 1, len(orders))
-    return {folder_of(one): one for one in orders}
 
 
 def _sets(wanted: Study, to: Path, ipc: int) -> Sets:
@@ -364,11 +364,17 @@ def _analyse(wanted: Study, everything: Mapping[int, Sets], to: Path, runs: Runs
             tell("answering", done, total)
 
 
-def _about(wanted: Study, cost: Forecast, folders: Mapping[str, Order]) -> dict[str, Any]:
-    """``study.json``: what a report says of the whole."""
+def _about(wanted: Study, cost: Forecast, everything: Mapping[int, Sets]) -> dict[str, Any]:
+    """``study.json``: what a report says of the whole, with the storage of the sets that are made."""
     real = wanted.real
+
+    def storage(one: Order) -> dict[str, Any]:
+        if one.ipc not in everything:
+            return {}
+        return {"storage": asdict(everything[one.ipc].everything()[one.name][one.replicate].storage())}
+
     return {
-        "title": f"{real.source}: {', '.join(wanted.methods)}",
+        "title": real.source,
         "command": wanted.command(),
         "data": {
             "source": real.source,
@@ -382,14 +388,14 @@ def _about(wanted: Study, cost: Forecast, folders: Mapping[str, Order]) -> dict[
         "preset": wanted.preset.name,
         "versions": versions(),
         "seed": wanted.seed,
-        "plan": {f.name: getattr(wanted.plan, f.name) for f in fields(wanted.plan)},
+        "plan": asdict(wanted.plan),
         "trainings": cost.models,
         "sets": [
             {
                 "name": one.name,
                 "ipc": one.ipc,
                 "replicate": one.replicate,
-                "folder": folder,
+                "folder": folder_of(one),
                 "paper": type(one.distiller).paper,
                 "family": type(one.distiller).family,
                 "command": " ".join(
@@ -399,7 +405,8 @@ def _about(wanted: Study, cost: Forecast, folders: Mapping[str, Order]) -> dict[
                         *(f"--set {setting}" for setting in wanted.settings_for(one.name)),
                     ]
                 ),
+                **storage(one),
             }
-            for folder, one in folders.items()
+            for one in wanted.orders
         ],
     }

@@ -123,12 +123,15 @@ class DistilledDataset:
                 "every stored point needs one label", got=f"{points} points, {len(self.labels)} labels"
             )
         data = self.dataset()
-        if self.order is not None and int(self.order.steps.max()) >= len(data):
-            raise UserError(
-                "an ordered step names an image that is not there",
-                got=str(int(self.order.steps.max())),
-                expected=f"0 to {len(data) - 1}",
-            )
+        if self.order is not None:
+            named = self.order.steps
+            absent = named[(named < -1) | (named >= len(data))]
+            if len(absent):
+                raise UserError(
+                    "an ordered step names an image that is not there",
+                    got=str(int(absent[0])),
+                    expected=f"0 to {len(data) - 1}, or -1 for none",
+                )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -180,7 +183,7 @@ class DistilledDataset:
 
     def without(self, *points: int) -> DistilledDataset:
         """The set with some points left out."""
-        rest = torch.tensor([i for i in range(len(self)) if i not in points])
+        rest = torch.tensor([i for i in range(len(self)) if i not in points], dtype=torch.int64)
         return self.keep(rest)
 
     @cached_property
@@ -268,11 +271,13 @@ class DistilledDataset:
                 Order(**groups["order"]) if groups["order"] else None,
                 Provenance.from_json({k: v for k, v in saved.items() if k != "fingerprint"}),
             )
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except UserError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise UserError(
                 f"{folder} is not a whole distilled set", got=repr(error), fix="make it again"
             ) from error
-        if loaded.fingerprint != saved["fingerprint"]:
+        if loaded.fingerprint != saved.get("fingerprint"):
             raise UserError(
                 f"{folder} was changed after it was made: data.safetensors and provenance.json differ",
                 fix="make it again, or import the tensors as a new set",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from importlib import import_module
 from typing import Any, TypeVar, get_type_hints
@@ -51,15 +52,22 @@ def restore(described: Any) -> Any:
     if described["is"] == "key":
         return Key.from_json(described["key"])
     module, _, name = str(described["is"]).rpartition(".")
-    kind = getattr(import_module(module), name, None) if _OURS.fullmatch(module) else None
-    if not (isinstance(kind, type) and is_dataclass(kind)):
+    try:
+        kind = getattr(import_module(module), name, None) if _OURS.fullmatch(module) else None
+    except ImportError:
+        kind = None
+    # A module also holds the names that it imports; only its own classes are ours.
+    if not (isinstance(kind, type) and is_dataclass(kind) and kind.__module__ == module):
         raise UserError("unknown settings", got=repr(described["is"]), expected="a class of distillens")
     known = {field.name for field in fields(kind)}
     values = {key: restore(item) for key, item in described.items() if key != "is"}
     for key in values:
         if key not in known:
             raise unknown(f"setting of {name}", key, known)
-    return kind(**values)
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise UserError(f"settings do not fit {name}", got=str(error)) from error
 
 
 def override(value: T, assignments: Sequence[str]) -> T:
@@ -95,11 +103,15 @@ def _set(owner: Any, path: Sequence[str], text: str, whole: str) -> Any:
         inner = ", ".join(f"{name}.{field.name}" for field in fields(old))
         raise UserError(f"setting {whole!r} holds settings of its own", fix=f"set one of {inner}")
     kind = get_type_hints(type(owner))[name]
-    given: Any = None if text.lower() == "none" else text
+    adapter: TypeAdapter[Any] = TypeAdapter(kind)
+    if text.lower() == "none":  # no value where the field may be empty, else a word like any other
+        with suppress(ValidationError):
+            return replace(owner, **{name: adapter.validate_python(None)})
+    given: Any = text
+    if str(kind).startswith("tuple"):
+        given = [part for part in re.split(r"[,\s]+", text) if part]
     try:
-        if str(kind).startswith("tuple") and given is not None:
-            given = [part for part in re.split(r"[,\s]+", text) if part]
-        converted = TypeAdapter(kind).validate_python(given)
+        converted = adapter.validate_python(given)
     except ValidationError as error:
         reason = error.errors()[0]["msg"]
         raise UserError(f"setting {whole!r} does not fit", got=repr(text), expected=reason) from error

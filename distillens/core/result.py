@@ -59,7 +59,7 @@ class Estimate:
         """
         plain = Estimate.mean(values, unit, level)
         low, high = max(plain.low, 0.0), min(plain.high, 1.0)
-        if plain.high - plain.low == 0:
+        if plain.n > 1 and min(values) == max(values):  # the interval itself may be a rounding error wide
             from scipy.stats import binomtest
 
             total = trials * plain.n
@@ -233,7 +233,9 @@ class Result(ABC):
         tensors = read_tensors(beside)[0] if beside.exists() else {}
         try:
             value = _decode(saved["result"], tensors)
-        except (KeyError, TypeError) as error:
+        except UserError:
+            raise
+        except (LookupError, TypeError, ValueError) as error:
             raise UserError(f"{path} is not a saved result", got=repr(error), fix="make it again") from error
         if not isinstance(value, cls):
             raise UserError(f"{path} holds another result", got=type(value).__name__, expected=cls.__name__)
@@ -299,16 +301,19 @@ def _decode(value: Any, tensors: Mapping[str, Any]) -> Any:
         return tuple(_decode(v, tensors) for v in value)
     if not isinstance(value, dict):
         return value
-    if "tensor" in value:
-        return tensors[value["tensor"]]
-    if "float" in value:
-        return float(value["float"])
-    if "map" in value:
+    if "is" not in value:  # asked first: a field of a result may have any of the names below
+        if "tensor" in value:
+            return tensors[value["tensor"]]
+        if "float" in value:
+            return float(value["float"])
         return {k: _decode(v, tensors) for k, v in value["map"]}
     module, _, name = str(value["is"]).rpartition(".")
     if not module.startswith("distillens."):
         raise UserError("unknown result", got=repr(value["is"]), expected="a class of distillens")
-    kind = getattr(import_module(module), name, None)
+    try:
+        kind = getattr(import_module(module), name, None)
+    except ImportError:
+        kind = None
     if not (isinstance(kind, type) and issubclass(kind, Estimate | Claim | Result)):
         raise UserError("unknown result", got=repr(value["is"]), expected="a result of distillens")
     return kind(**{k: _decode(v, tensors) for k, v in value.items() if k != "is"})

@@ -61,13 +61,13 @@ class Key:
         """Standard normal numbers, float32."""
         import torch
 
-        return torch.randn(*shape, generator=self.generator())
+        return torch.randn(shape, generator=self.generator())
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
         """Uniform numbers in [low, high), float32."""
         import torch
 
-        return low + (high - low) * torch.rand(*shape, generator=self.generator())
+        return low + (high - low) * torch.rand(shape, generator=self.generator())
 
     def integers(self, high: int, *shape: int) -> torch.Tensor:
         """Whole numbers in [0, high), int64."""

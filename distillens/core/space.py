@@ -99,8 +99,8 @@ class Zca:
     """Whitened images: ``(x - mean) @ matrix`` on flattened pixels, with the inverse stored.
 
     ``kornia`` is the kind of the trajectory-matching papers: pixels in [0, 1], no channel
-    normalisation, ``matrix = (cov + regulariser * I)^(-1/2)`` with 0.1. The matrix is fitted on
-    real training images and travels with the data.
+    normalisation, ``matrix = (cov + regulariser * I)^(-1/2)`` with 0.1 and the covariance over n - 1.
+    The matrix is fitted on real training images and travels with the data.
     """
 
     kind: str
@@ -117,7 +117,7 @@ class Zca:
         flat = pixels.reshape(n, -1).double()
         mean = flat.mean(0)
         centred = flat - mean
-        values, vectors = torch.linalg.eigh(centred.T @ centred / n)
+        values, vectors = torch.linalg.eigh(centred.T @ centred / max(n - 1, 1))
         scale = (values.clamp(min=0) + regulariser).sqrt()
         matrix = (vectors / scale) @ vectors.T
         inverse = (vectors * scale) @ vectors.T
@@ -155,7 +155,7 @@ class Zca:
 
     def describe(self) -> dict[str, Any]:
         """Kind, shape and the fingerprint of the fit."""
-        fit = fingerprint(self.mean, self.matrix)
+        fit = fingerprint(self.mean, self.matrix, self.inverse)
         return {"kind": "zca", "zca": self.kind, "shape": list(self.shape), "fit": fit}
 
     def tensors(self) -> dict[str, torch.Tensor]:

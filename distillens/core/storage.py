@@ -22,6 +22,7 @@ _DISK_ERRORS = {
     errno.EROFS: "the file system is read-only: choose another folder with --to",
     errno.EACCES: "there is no permission to write there: choose another folder with --to",
     errno.ENOTDIR: "a part of the path is a file, not a folder: choose another folder with --to",
+    errno.EEXIST: "a part of the path is a file, not a folder: choose another folder with --to",
     errno.ENOENT: "the folder has gone while the command was running",
 }
 

@@ -8,6 +8,7 @@ one that needs no path is ``load(*, key)``. Nothing is imported before it is use
 from __future__ import annotations
 
 import pkgutil
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -46,8 +47,6 @@ def load(spec: str, *, key: Key = Key(0)) -> Splits:  # noqa: B008  # a key is f
     Raises:
         UserError: there is no such source or path, no source fits the path, or the source refuses its files.
     """
-    from dataclasses import replace
-
     kind, colon, place = spec.partition(":")
     if kind not in sources():
         kind, place = _detect(spec), spec

@@ -145,6 +145,7 @@ def test_named_columns_come_before_others_of_their_type(tmp_path: Path) -> None:
         tmp_path / "d" / "train.parquet",
         pngs(arrays),
         id=pa.array(range(30), pa.int64()),
+        fine_label=pa.array(range(30), pa.int64()),
         mask=pa.array([b"x"] * 30),
     )
     assert rows(parquet.load(folder, key=KEY)) == expected(arrays, [i % 3 for i in range(30)])
@@ -332,7 +333,7 @@ def test_a_file_that_changes_its_split_is_cached_anew(tmp_path: Path) -> None:
     folder = write(tmp_path / "d" / "train.parquet", pngs(pictures(30)))
     write(folder / "test.parquet", pngs(pictures(12, seed=1)))
     assert len(parquet.load(folder, key=KEY).test) == 12
-    (folder / "test.parquet").rename(folder / "val.parquet")
+    (folder / "test.parquet").rename(folder / "dev.parquet")  # in the same place of the sorted list
     assert len(parquet.load(folder, key=KEY).val) == 12
 
 

@@ -59,7 +59,7 @@ class Mixing:
     def defaults(cls, like: Dataset) -> Mixing:
         """The paper's amounts; on small data fewer."""
         smallest = min(map(len, like.by_class))
-        amounts = (0, 2, 10, 50, 250) if smallest >= 1000 else (0, 1, 3, 10, 30)
+        amounts = (0, 2, 10, 50, 250) if smallest >= 1000 else (0, 1, 3, 10)
         return cls(amounts, net=ConvNet.defaults(like))
 
     def trainings(self, sets: Sets, real: Splits, *, key: Key) -> list[Training]:
@@ -175,7 +175,7 @@ class MixingResult(Result):
             Claim(
                 "real data hurts",
                 name,
-                f"adding {self.at} real image{'s' if self.at > 1 else ''} a class lowers its accuracy",
+                "adding about as many real images as it holds lowers its accuracy",
                 self.change(name, self.at),
                 "less",
                 0.0,
@@ -197,7 +197,10 @@ class MixingResult(Result):
 
     def notes(self) -> tuple[str, ...]:
         """What is confounded."""
-        return ("The number of steps is fixed: with more data each image is seen less often.",)
+        return (
+            f"The claim is read at {self.at} real images a class. The number of steps is fixed: with more data "
+            "each image is seen less often.",
+        )
 
     def plot(self, ax: Axes) -> None:
         """Accuracy against the amount added."""

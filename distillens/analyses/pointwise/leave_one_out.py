@@ -34,7 +34,8 @@ class LeaveOneOut:
     of like with like; initialisations are averaged, and how far they agree is reported first.
 
     Replicate 0 of each set is taken: 1 + P trainings an initialisation and set. The random real subset goes
-    through the same pipeline. ``only`` keeps the named sets (all where empty).
+    through the same pipeline. ``only`` keeps the named sets (all where empty). Influence is measured on the whole
+    test split and on ``train_images`` random training images.
 
     Source: Yang et al. 2024, section 5, figure 10 (one initialisation; test images; exact retraining).
     """
@@ -45,10 +46,11 @@ class LeaveOneOut:
     recipe: Recipe = Recipe(steps=300)
     inits: int = 3
     top: int = 9
+    train_images: int = 2000
     only: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        at_least(1, "leave_one_out", inits=self.inits, top=self.top)
+        at_least(1, "leave_one_out", inits=self.inits, top=self.top, train_images=self.train_images)
 
     @classmethod
     def defaults(cls, like: Dataset) -> LeaveOneOut:
@@ -64,18 +66,18 @@ class LeaveOneOut:
         sets.check_against(real)
         wanted = self._populations(sets, key)
         runs.make(wanted.values())
-        on_test, on_train, labels, agreement, shared = {}, {}, {}, {}, {}
+        on_test, labels, agreement, shared = {}, {}, {}, {}
         most_test, most_train = {}, {}
+        train = real.train.take(key.fold("train images").permutation(len(real.train))[: self.train_images])
         for name, training in wanted.items():
             (population,) = runs.get(training)
             effect = self._influence(population, real.test)  # [inits, P, n]
             labels[name] = _points(sets, name).labels.hard()
             on_test[name] = effect
-            on_train[name] = self._influence(population, real.train).mean(0)
             agreement[name] = self_agreement(effect)
             shared[name] = own_class_share(effect.mean(0), labels[name], real.test)
             most_test[name] = _most_moved(effect.mean(0), real.test, self.top)
-            most_train[name] = _most_moved(on_train[name], real.train, self.top)
+            most_train[name] = _most_moved(self._influence(population, train).mean(0), train, self.top)
         pictures = {
             name: _points(sets, name).dataset().pixels()[_first_copy(_points(sets, name))] for name in wanted
         }

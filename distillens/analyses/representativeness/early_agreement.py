@@ -221,7 +221,7 @@ class EarlyAgreementResult(Result):
         parts = {"early": early.nanmean(0).tolist(), "subset": subset.nanmean(0).tolist()}
         if len(gaps) > 1:
             parts["replicates"] = gaps.tolist()
-        return Estimate.components(float(gaps.mean()), parts, "replicate or pool model, the fewest")
+        return Estimate.components(float(gaps.mean()), parts, "replicate or pool model")
 
     def headline(self) -> dict[str, Estimate]:
         """The gap of each set that could be compared."""

@@ -1,0 +1,285 @@
+"""Whole analyses on real digits: nulls made of random subsets, plants made by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from distillens import pipeline
+from distillens.analyses.behaviour.mixing import Mixing
+from distillens.analyses.behaviour.recognition import UNSEEN, Recognition
+from distillens.analyses.pointwise.leave_one_out import LeaveOneOut
+from distillens.analyses.representativeness.early_agreement import EarlyAgreement
+from distillens.core.artefact import DistilledDataset
+from distillens.core.checks import UserError
+from distillens.core.contracts import Problem, Sets
+from distillens.core.dataset import Dataset, Splits
+from distillens.core.labels import Hard, Logits, Targets
+from distillens.core.recipe import Recipe
+from distillens.core.result import Result
+from distillens.core.rng import Key
+from distillens.engine.plan import Plan
+from distillens.evaluation.accuracy import Accuracy
+from distillens.evaluation.protocol import NEUTRAL, Protocol
+from distillens.nets.convnet import ConvNet
+from distillens.runs import Runs
+
+KEY = Key(99, ("end to end",))
+SHORT = Recipe(steps=60, lr=0.03)
+TINY = ConvNet(depth=2, width=8)
+
+
+@pytest.fixture(scope="module")
+def runs() -> Runs:
+    return Runs(Plan())
+
+
+def subset(real: Splits, key: Key, ipc: int = 1) -> DistilledDataset:
+    method = pipeline.distillers.room.find("random_subset").defaults(real.train, ipc)
+    problem = Problem(real.train, ipc, key)
+    return method.finish(problem, method.start(problem))
+
+
+def subsets(real: Splits, name: str, count: int = 3, ipc: int = 1) -> tuple[DistilledDataset, ...]:
+    return tuple(subset(real, KEY.fold(name, r), ipc) for r in range(count))
+
+
+def class_means(real: Splits) -> DistilledDataset:
+    images = torch.stack([real.train.images[members].mean(0) for members in real.train.by_class])
+    return DistilledDataset({"images": images}, Hard(torch.arange(10)), real.train.classes, real.space)
+
+
+def claims(result: Result) -> dict[tuple[str, str], str]:
+    return {(claim.subject, claim.name): claim.verdict for claim in result.claims()}
+
+
+def test_class_means_beat_random_subsets(digits: Splits, runs: Runs) -> None:
+    sets = Sets({"means": (class_means(digits),) * 5}, {"random_subset": subsets(digits, "base", 5)})
+    analysis = Accuracy(Protocol("short", "", SHORT), TINY)
+    result = analysis(sets, digits, runs, key=KEY)
+    assert claims(result)["means", "beats random"] == "supported"
+    assert result.values["means"].shape == (5, 1)
+    assert result.headline()["full data"].value > result.headline()["means"].value
+
+
+def test_class_means_are_clearer_than_unseen_real_images(digits: Splits, runs: Runs) -> None:
+    sets = Sets({"means": (class_means(digits),) * 5}, {})
+    analysis = Recognition((ConvNet(2, 16),), Recipe(steps=60, batch=256), seeds=2)
+    result = analysis(sets, digits, runs, key=KEY)
+    assert claims(result)["means", "recognised"] == "supported"
+    assert float(result.shares["means"].mean()) == 1.0
+    assert result.headline()["means"].low < 1.0, "ten images cannot make certainty"
+    assert 0.5 < result.headline()[UNSEEN].value <= 1.0
+
+
+def test_judges_never_see_the_real_images_they_are_compared_on(digits: Splits) -> None:
+    analysis = Recognition((TINY,), SHORT, seeds=1)
+    sets = Sets({"null": subsets(digits, "n", 1)})
+    seen = {
+        image.numpy().tobytes() for t in analysis.trainings(sets, digits, key=KEY) for image in t.data.images
+    }
+    unseen = {image.numpy().tobytes() for image in digits.val.images}
+    assert len(seen & unseen) == 0
+
+
+def test_mislabelled_real_images_hurt(digits: Splits, runs: Runs) -> None:
+    wrong = Dataset(
+        digits.train.images, Hard((digits.train.labels.hard() + 1) % 10), digits.train.classes, digits.space
+    )
+    poisoned = Splits(wrong, digits.val, digits.test)
+    sets = Sets({"means": (class_means(digits),) * 4})
+    result = Mixing((0, 5), SHORT, TINY)(sets, poisoned, runs, key=KEY)
+    assert claims(result)["means", "real data hurts"] == "supported"
+
+
+def test_real_images_help_a_random_subset(digits: Splits, runs: Runs) -> None:
+    sets = Sets({"null": subsets(digits, "m", 4)}, {"random_subset": subsets(digits, "base", 4)})
+    result = Mixing((0, 5), SHORT, TINY)(sets, digits, runs, key=KEY)
+    assert claims(result)["null", "real data hurts"] == "not supported"
+
+
+def test_mixed_images_are_nested_shared_and_never_the_baselines(digits: Splits) -> None:
+    sets = Sets({"a": subsets(digits, "a", 2)}, {"random_subset": subsets(digits, "base", 2)})
+    grid = Mixing((0, 2, 6), SHORT, TINY)._grid(sets, digits, KEY)
+
+    def added(name: str, r: int, column: int) -> list[bytes]:
+        return [image.numpy().tobytes() for image in grid[name][r][column].data.images[10:]]
+
+    for r in range(2):
+        own = {image.numpy().tobytes() for image in sets.random[r].dataset().images}
+        assert added("a", r, 2) == added("random_subset", r, 2)
+        assert set(added("a", r, 1)) < set(added("a", r, 2))
+        assert not own & set(added("a", r, 2))
+        assert len(added("a", r, 2)) == 60
+    assert added("a", 0, 2) != added("a", 1, 2)
+    assert grid["a"][0][1].keys == grid["random_subset"][0][1].keys
+
+
+def test_soft_labels_mix_with_real_hard_ones_and_targets_are_refused(digits: Splits, runs: Runs) -> None:
+    base = class_means(digits)
+    soft = replace(base, labels=Logits(5 * torch.eye(10)))
+    result = Mixing((0, 2), SHORT, TINY)(Sets({"soft": (soft,)}), digits, runs, key=KEY)
+    assert result.curves["soft"].shape == (1, 2)
+    regression = replace(base, labels=Targets(torch.eye(10)))
+    with pytest.raises(UserError, match="targets labels cannot stand beside real hard labels"):
+        Mixing((0, 2), SHORT, TINY)(Sets({"t": (regression,)}), digits, runs, key=KEY)
+
+
+def test_too_many_real_images_are_refused(digits: Splits, runs: Runs) -> None:
+    with pytest.raises(
+        UserError, match=r"class '.' has \d+ images beside the baseline's, 500 were asked for"
+    ):
+        Mixing((0, 500), SHORT, TINY)(Sets({"a": subsets(digits, "a", 1)}), digits, runs, key=KEY)
+
+
+def test_early_agreement_refuses_what_no_pool_matches(digits: Splits, runs: Runs) -> None:
+    analysis = EarlyAgreement(
+        TINY,
+        Recipe(steps=1, lr=1e-6),
+        early=3,
+        early_recipe=Recipe(steps=30, batch=256),
+        subset=4,
+        subset_recipe=Recipe(steps=30, batch=64),
+        least_per_class=20,
+        most_per_class=30,
+        tolerance=0.001,
+    )
+    result = analysis(Sets({"untrained": subsets(digits, "u", 2)}), digits, runs, key=KEY)
+    assert result.gap("untrained") is None
+    assert result.claims() == ()
+    assert "No comparison for untrained" in result.notes()[0]
+
+
+def test_leave_one_out_equals_retraining_on_the_smaller_set(digits: Splits, runs: Runs) -> None:
+    from distillens.train import on, train
+
+    one = subset(digits, KEY.fold("loo"))
+    analysis = LeaveOneOut(TINY, Recipe(steps=15, lr=0.05), inits=2)
+    (training,) = analysis.trainings(Sets({"a": (one,)}), digits, key=KEY)
+    double = Plan(precision="float64")
+    population = train(training, double)
+    influence = analysis._influence(population, digits.test)
+    for s, j in ((0, 0), (1, 7)):
+        key = (KEY.fold("init", s),)
+        without = train(on(one.without(j), TINY, analysis.recipe, key), double).losses(digits.test)
+        whole = train(on(one, TINY, analysis.recipe, key), double).losses(digits.test)
+        assert torch.allclose(influence[s, j], (without - whole)[0], atol=1e-9)
+
+
+def test_leave_one_out_shows_the_images_that_it_names(digits: Splits, runs: Runs) -> None:
+    analysis = LeaveOneOut(TINY, SHORT, inits=3, top=4)
+    sets = Sets({"means": (class_means(digits),)}, {"random_subset": subsets(digits, "b", 1)})
+    result = analysis(sets, digits, runs, key=KEY)
+    mean = result.mean_influence("means")
+    best = mean[3].argmax()
+    shown = digits.space.from_pixels(result.most_test["means"][3, :1])
+    assert torch.allclose(shown[0], digits.test.images[best], atol=1e-5)
+    assert result.influence["random_subset"].shape == (3, 10, len(digits.test))
+    assert claims(result)["means", "influence stays in class"] == "supported"
+    assert torch.isfinite(result.standard_error("means")).all()
+
+
+def test_a_mislabelled_point_is_the_most_harmful(digits: Splits, runs: Runs) -> None:
+    base = subset(digits, KEY.fold("mislabel"), ipc=2)
+    labels = base.labels.hard().clone()
+    labels[5] = 9
+    wrong = replace(base, labels=Hard(labels))
+    result = LeaveOneOut(TINY, Recipe(steps=150, lr=0.03), inits=3)(
+        Sets({"a": (wrong,)}), digits, runs, key=KEY
+    )
+    assert int(result.mean_influence("a").mean(1).argmin()) == 5
+
+
+def test_neutral_chooses_on_validation_and_never_on_test(digits: Splits, runs: Runs) -> None:
+    short = replace(NEUTRAL, recipe=Recipe(steps=40, batch=256), rates=(1e-4, 0.05), moments=(10, 40))
+    analysis = Accuracy(short, TINY)
+    sets = Sets({"a": subsets(digits, "a", 2)}, {"random_subset": subsets(digits, "base", 2)})
+    honest = analysis(sets, digits, runs, key=KEY)
+    assert all("rate 0.05" in choice for choice in honest.chosen["a"])
+    shuffled = Dataset(
+        digits.test.images,
+        Hard(digits.test.labels.hard()[KEY.fold("shuffle").permutation(len(digits.test))]),
+        digits.test.classes,
+        digits.space,
+    )
+    permuted = analysis(sets, Splits(digits.train, digits.val, shuffled), runs, key=KEY)
+    assert permuted.chosen == honest.chosen
+    assert permuted.values["a"].mean() < honest.values["a"].mean()
+
+
+def test_one_set_says_that_its_interval_covers_training_only(digits: Splits, runs: Runs) -> None:
+    sets = Sets({"a": subsets(digits, "a", 1)}, {"random_subset": subsets(digits, "base", 1)})
+    result = Accuracy(Protocol("short", "", SHORT, nets=3), TINY)(sets, digits, runs, key=KEY)
+    estimate = result.headline()["a"]
+    assert estimate.n == 3
+    assert "covers training only" in estimate.unit
+    assert any("one set" in note for note in result.notes())
+
+
+def test_the_learned_rate_is_that_of_the_set_and_of_its_start(digits: Splits) -> None:
+    learned = replace(class_means(digits), recipe=Recipe(lr=0.123))
+    start = subset(digits, KEY.fold("start"))
+    protocol = Protocol("own", "", SHORT, learned_rate=True)
+    sets = Sets({"a": (learned,)}, {"random_subset": (start,)}, {"a": (start,)})
+    rates = [t.recipe.lr for t in Accuracy(protocol, TINY).trainings(sets, digits, key=KEY)]
+    assert rates[:3] == [0.123, SHORT.lr, 0.123]
+
+
+@pytest.mark.parametrize("name", pipeline.analyses.room.names())
+def test_every_analysis_saves_and_loads_and_needs_no_more_than_it_announced(
+    name: str, digits: Splits, tmp_path: Path
+) -> None:
+    small = {
+        "behaviour/mixing": Mixing((0, 1), SHORT, TINY),
+        "behaviour/recognition": Recognition((TINY,), SHORT, seeds=1),
+        "pointwise/leave_one_out": LeaveOneOut(TINY, SHORT, inits=2),
+        "representativeness/early_agreement": EarlyAgreement(
+            TINY,
+            SHORT,
+            early=3,
+            early_recipe=Recipe(steps=40, batch=256, lr=0.03),
+            subset=6,
+            subset_recipe=SHORT,
+            least_per_class=1,
+            most_per_class=10,
+            tolerance=0.2,
+        ),
+    }[name]
+    sets = Sets({"a": subsets(digits, "a", 2)}, {"random_subset": subsets(digits, "base", 2)})
+    store = Runs(Plan())
+    announced = small.trainings(sets, digits, key=KEY)
+    result = small(sets, digits, store, key=KEY)
+    assert sum(store.trained.values()) == sum(len(t.keys) for t in announced)
+    assert set(store.trained.values()) == {1}, "a model was trained twice"
+    again = type(result).load(result.save(tmp_path))
+    assert again.headline() == result.headline()
+    assert again.claims() == result.claims()
+    first = {p.name: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    result.save(tmp_path)
+    assert first == {p.name: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert (
+        any(
+            p.suffix == ".png" and len(data) > 2000
+            for p, data in zip(tmp_path.rglob("*"), first.values(), strict=False)
+        )
+        or first
+    )
+
+
+@pytest.mark.slow
+def test_twenty_nulls_end_to_end(digits: Splits, runs: Runs) -> None:
+    """Random subsets in the place of distilled sets, everything else as a study does it: at 2.5 % a claim."""
+    alarms = 0
+    for i in range(20):
+        sets = Sets(
+            {"null": tuple(subset(digits, KEY.fold("null", i, r)) for r in range(5))},
+            {"random_subset": tuple(subset(digits, KEY.fold("base", i, r)) for r in range(5))},
+        )
+        key = KEY.fold("null study", i)
+        found = claims(Accuracy.defaults(digits.train)(sets, digits, runs, key=key))
+        found |= claims(Mixing((0, 1), Recipe(steps=300), ConvNet(2, 32))(sets, digits, runs, key=key))
+        alarms += sum(verdict == "supported" for verdict in found.values())
+    assert alarms <= 4  # 40 claims at 2.5 %: P(5 or more) is below 0.4 %

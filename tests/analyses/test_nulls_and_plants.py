@@ -1,0 +1,262 @@
+"""Each claim: a null that it must not support at more than the stated rate, a plant that it must find.
+
+Nulls are 1,000 resampled draws of five replicates from the committed bank of trained models (tests/bank) or
+from noise where the claim is about noise: at most 70 may be called supported.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from distillens.analyses.behaviour.mixing import MixingResult
+from distillens.analyses.behaviour.recognition import UNSEEN, RecognitionResult, _chance
+from distillens.analyses.pointwise.leave_one_out import LeaveOneOutResult, own_class_share, self_agreement
+from distillens.analyses.representativeness.early_agreement import EarlyAgreementResult, Pools
+from distillens.core.dataset import Splits
+from distillens.core.result import Claim
+from distillens.core.rng import Key
+from distillens.core.storage import read_tensors
+from distillens.evaluation.accuracy import AccuracyResult
+
+DRAWS, ALARMS, REPLICATES = 1000, 70, 5
+SEED = Key(20241123)
+
+
+@pytest.fixture(scope="module")
+def bank() -> dict[str, torch.Tensor]:
+    return read_tensors(Path(__file__).parents[1] / "bank" / "digits.safetensors")[0]
+
+
+def supported(claims: list[Claim]) -> int:
+    return sum(claim.verdict == "supported" for claim in claims)
+
+
+def accuracy_claim(own: torch.Tensor, other: torch.Tensor, against: str, name: str) -> Claim:
+    result = AccuracyResult(
+        "wddl", "", "ConvNet", ("dm",), (), {"dm": own[:, None], against: other[:, None]}, own, {}, {"dm": ""}
+    )
+    (claim,) = (c for c in result.claims() if c.name == name)
+    return claim
+
+
+@pytest.mark.parametrize("ipc", [1, 10])
+def test_a_random_subset_beats_random_no_more_often_than_stated(
+    bank: dict[str, torch.Tensor], ipc: int
+) -> None:
+    values = bank[f"accuracy.{ipc}"]
+    claims = []
+    for i in range(DRAWS):
+        order = SEED.fold("random", ipc, i).permutation(len(values))
+        first, second = values[order[:REPLICATES], 0], values[order[REPLICATES : 2 * REPLICATES], 0]
+        claims.append(accuracy_claim(first, second, "random_subset", "beats random"))
+    assert supported(claims) <= ALARMS
+
+
+@pytest.mark.parametrize("ipc", [1, 10])
+def test_a_set_beats_itself_no_more_often_than_stated(bank: dict[str, torch.Tensor], ipc: int) -> None:
+    values = bank[f"accuracy.{ipc}"]
+    claims = []
+    for i in range(DRAWS):
+        chosen = values[SEED.fold("start", ipc, i).permutation(len(values))[:REPLICATES]]
+        flip = SEED.fold("flip", ipc, i).integers(2, REPLICATES)
+        rows = torch.arange(REPLICATES)
+        claims.append(
+            accuracy_claim(chosen[rows, flip], chosen[rows, 1 - flip], "dm, its start", "beats its start")
+        )
+    assert supported(claims) <= ALARMS
+
+
+@pytest.mark.parametrize("ipc", [1, 10])
+def test_a_gain_of_two_spreads_over_random_is_found(bank: dict[str, torch.Tensor], ipc: int) -> None:
+    values = bank[f"accuracy.{ipc}"]
+    gain = 2.5 * values.std()
+    found = []
+    for i in range(200):
+        order = SEED.fold("gain", ipc, i).permutation(len(values))
+        own = values[order[:REPLICATES], 0] + gain
+        found.append(
+            accuracy_claim(
+                own, values[order[REPLICATES : 2 * REPLICATES], 0], "random_subset", "beats random"
+            )
+        )
+    assert supported(found) >= 160
+
+
+@pytest.mark.parametrize("ipc", [1, 10])
+def test_mixing_does_not_hurt_real_subsets_more_often_than_stated(
+    bank: dict[str, torch.Tensor], ipc: int
+) -> None:
+    values = bank[f"mixing.{ipc}"]
+    claims = []
+    for i in range(DRAWS):
+        rows = values[SEED.fold("mixing", ipc, i).permutation(len(values))[:REPLICATES]]
+        claims += MixingResult(("dm",), (0, ipc), ipc, {"dm": rows}).claims()
+    assert supported(claims) <= ALARMS
+
+
+def test_mixing_that_changes_nothing_hurts_no_more_often_than_stated(bank: dict[str, torch.Tensor]) -> None:
+    # The sharper null: two measurements of one set in the place of "without" and "with".
+    values = bank["accuracy.10"]
+    claims = []
+    for i in range(DRAWS):
+        rows = values[SEED.fold("nothing", i).permutation(len(values))[:REPLICATES]]
+        claims += MixingResult(("dm",), (0, 10), 10, {"dm": rows}).claims()
+    assert supported(claims) <= ALARMS
+
+
+def recognition(
+    own: torch.Tensor, chance: torch.Tensor, real: torch.Tensor, images: int
+) -> RecognitionResult:
+    return RecognitionResult(
+        ("judge",),
+        ("dm",),
+        {"dm": own[:, None], UNSEEN: real[:, None]},
+        {"dm": chance[:, None], UNSEEN: chance[:, None]},
+        torch.tensor([[0.97]]),
+        {"dm": images, UNSEEN: images},
+        10,
+    )
+
+
+def stratified(labels: torch.Tensor, per_class: int, key: Key) -> torch.Tensor:
+    members = [(labels == c).nonzero().flatten() for c in range(10)]
+    return torch.cat([m[key.fold(c).permutation(len(m))[:per_class]] for c, m in enumerate(members)])
+
+
+@pytest.mark.parametrize("per_class", [1, 10])
+def test_recognition_of_permuted_labels_and_of_real_images(
+    bank: dict[str, torch.Tensor], per_class: int
+) -> None:
+    labels, judges = bank["labels"].long(), bank["judges"].long()
+    permuted, as_real, control = [], [], []
+    for i in range(DRAWS):
+        rows: dict[str, list[torch.Tensor]] = {name: [] for name in ("permuted", "chance", "first", "second")}
+        for r in range(REPLICATES):
+            place = SEED.fold("recognition", per_class, i, r)
+            first, second = (stratified(labels, per_class, place.fold(name)) for name in ("first", "second"))
+            shuffled = labels[first][place.fold("labels").permutation(len(first))]
+            rows["permuted"].append((judges[..., first] == shuffled).double().mean())
+            rows["chance"].append(_chance(judges[..., first], labels[first], 10).mean())
+            rows["first"].append((judges[..., first] == labels[first]).double().mean())
+            rows["second"].append((judges[..., second] == labels[second]).double().mean())
+        values = {name: torch.stack(many) for name, many in rows.items()}
+        images = 10 * per_class
+        permuted.append(
+            recognition(values["permuted"], values["chance"], values["second"], images).claims()[0]
+        )
+        null = recognition(values["first"], values["chance"], values["second"], images)
+        control.append(null.claims()[0])
+        as_real.append(null.claims()[1])
+    assert supported(permuted) <= ALARMS
+    assert supported(as_real) <= ALARMS
+    assert supported(control) == DRAWS, "real images are recognised: the positive control"
+
+
+def test_images_that_no_judge_misses_are_clearer_than_real(bank: dict[str, torch.Tensor]) -> None:
+    labels, judges = bank["labels"].long(), bank["judges"].long()
+    found = []
+    for i in range(100):
+        real = torch.stack(
+            [
+                (judges[..., pick] == labels[pick]).double().mean()
+                for pick in (stratified(labels, 10, SEED.fold("clear", i, r)) for r in range(REPLICATES))
+            ]
+        )
+        found.append(
+            recognition(torch.ones(REPLICATES), torch.full((REPLICATES,), 0.1), real, 100).claims()[1]
+        )
+    assert supported(found) >= 90
+
+
+def agreement_claims(bank: dict[str, torch.Tensor], place: Key, planted: bool) -> list[Claim]:
+    """The claim with five real models in the place of the distilled sets' models."""
+    subset, early = bank["subset"], bank["early"]
+    order_s, order_e = place.fold("s").permutation(len(subset)), place.fold("e").permutation(len(early))
+    own_s, pool_s = order_s[:REPLICATES], order_s[REPLICATES : REPLICATES + 48]
+    own_e, pool_e = order_e[:REPLICATES], order_e[REPLICATES : REPLICATES + 16]
+    pools = Pools(
+        early[pool_e],
+        bank["early_accuracy"][pool_e],
+        tuple(bank["moments"].tolist()),
+        subset[pool_s],
+        bank["subset_accuracy"][pool_s],
+    )
+    rows, accuracies = [], []
+    for s, e in zip(own_s, own_e, strict=True):
+        accuracy = bank["subset_accuracy"][s]
+        predicted = subset[s]
+        if planted:  # the moment at which an early-stopped model is as accurate as that subset model
+            nearest = (bank["early_accuracy"][e] - accuracy).abs().argmin()
+            accuracy, predicted = bank["early_accuracy"][e, nearest], early[e, nearest]
+        rows.append(pools.compare(predicted[None], accuracy[None], 0.02))
+        accuracies.append(accuracy)
+    with_early, with_subset, moments = (torch.stack(column) for column in zip(*rows, strict=True))
+    result = EarlyAgreementResult(
+        ("dm",),
+        {"dm": torch.stack(accuracies)},
+        {"dm": with_early},
+        {"dm": with_subset},
+        {"dm": moments},
+        0.02,
+    )
+    return list(result.claims())
+
+
+def test_held_out_subset_models_do_not_look_early_stopped(bank: dict[str, torch.Tensor]) -> None:
+    claims = [
+        c for i in range(DRAWS) for c in agreement_claims(bank, SEED.fold("early null", i), planted=False)
+    ]
+    assert len(claims) > 0.9 * DRAWS
+    assert supported(claims) <= ALARMS
+
+
+def test_held_out_early_stopped_models_look_early_stopped(bank: dict[str, torch.Tensor]) -> None:
+    claims = [
+        c for i in range(100) for c in agreement_claims(bank, SEED.fold("early plant", i), planted=True)
+    ]
+    assert len(claims) > 90
+    assert supported(claims) >= 0.8 * len(claims)
+
+
+def influence_claims(influence: torch.Tensor, real: Splits) -> dict[str, Claim]:
+    points = influence.shape[1]
+    labels = torch.arange(10).repeat_interleave(points // 10)
+    result = LeaveOneOutResult(
+        ("dm",),
+        real.test.classes,
+        {"dm": labels},
+        {"dm": influence},
+        {"dm": self_agreement(influence)},
+        {"dm": own_class_share(influence.mean(0), labels, real.test)},
+        {},
+        {},
+        {},
+        real.test.labels.hard(),
+    )
+    return {claim.name: claim for claim in result.claims()}
+
+
+def test_influences_of_noise_neither_repeat_nor_stay_in_class(digits: Splits) -> None:
+    n = 100
+    small = Splits(digits.train, digits.val, digits.test.take(torch.arange(n)))
+    claims = [influence_claims(SEED.fold("influence", i).normal(3, 10, n), small) for i in range(DRAWS)]
+    assert supported([c["influence repeats"] for c in claims]) <= ALARMS
+    assert supported([c["influence stays in class"] for c in claims]) <= ALARMS
+
+
+def test_planted_influence_repeats_and_stays_in_class(digits: Splits) -> None:
+    own = (torch.arange(10)[:, None] == digits.test.labels.hard()[None]).float()
+    noise = SEED.fold("planted influence").normal(3, 10, len(digits.test))
+    common = SEED.fold("common").normal(1, 10, len(digits.test))
+    claims = influence_claims(own + common + 0.3 * noise, digits)
+    assert claims["influence repeats"].verdict == "supported"
+    assert claims["influence stays in class"].verdict == "supported"
+
+
+def test_real_noise_with_a_weak_common_part_is_not_called_reliable(digits: Splits) -> None:
+    noise = SEED.fold("weak").normal(3, 10, len(digits.test))
+    common = 0.3 * SEED.fold("weak common").normal(1, 10, len(digits.test))
+    assert influence_claims(noise + common, digits)["influence repeats"].verdict == "not supported"

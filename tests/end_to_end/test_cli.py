@@ -1,0 +1,202 @@
+"""Every verb as a user types it, and every mistake: one clear line, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+FAST = ["--set", "steps=4", "--set", "net.width=8"]
+
+
+@pytest.fixture(scope="module")
+def dm(distillens, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    to = tmp_path_factory.mktemp("sets") / "dm-1"
+    done = distillens("distill", "dm", "--to", to, *FAST)
+    assert done.returncode == 0, done.stderr
+    return to
+
+
+def test_distill_writes_open_formats_only(dm: Path) -> None:
+    names = {path.relative_to(dm).as_posix() for path in dm.rglob("*") if path.is_file()}
+    assert names == {
+        "data.safetensors",
+        "provenance.json",
+        "preview.png",
+        "log.json",
+        "request.json",
+        "initial/data.safetensors",
+        "initial/provenance.json",
+        "initial/preview.png",
+    }
+    assert not (dm.parent / ".dm-1.store").exists()
+    log = json.loads((dm / "log.json").read_text())
+    assert len(log["loss"]) == 4
+
+
+def test_distill_again_says_that_it_is_done_and_force_redoes(distillens, dm: Path) -> None:
+    before = (dm / "data.safetensors").read_bytes()
+    again = distillens("distill", "dm", "--to", dm, *FAST)
+    assert again.returncode == 0
+    assert "nothing to do" in again.stdout
+    forced = distillens("distill", "dm", "--to", dm, *FAST, "--force", "--json")
+    assert forced.returncode == 0
+    assert set(json.loads(forced.stdout)) == {"folder", "fingerprint", "points"}
+    assert (dm / "data.safetensors").read_bytes() == before
+
+
+def test_another_seed_or_replicate_is_another_set(distillens, dm: Path, tmp_path: Path) -> None:
+    for extra in (["--seed", "1"], ["--replicate", "1"]):
+        to = tmp_path / extra[0].strip("-")
+        assert distillens("distill", "dm", "--to", to, *FAST, *extra).returncode == 0
+        assert (to / "data.safetensors").read_bytes() != (dm / "data.safetensors").read_bytes()
+
+
+def test_evaluate_ask_and_report_go_on_from_a_set(distillens, dm: Path, tmp_path: Path) -> None:
+    evaluated = distillens("evaluate", dm, "--nets", "2", "--json")
+    assert evaluated.returncode == 0, evaluated.stderr
+    (accuracy,) = json.loads(evaluated.stdout)
+    assert {one["name"] for one in accuracy["headline"]} == {"dm", "random_subset", "herding", "full data"}
+    assert {one["name"] for one in accuracy["claims"]} == {"beats random", "beats its start"}
+    asked = distillens("ask", "pointwise", dm, "--set", "recipe.steps=10", "--set", "inits=2")
+    assert asked.returncode == 0, asked.stderr
+    assert "Leave-one-out influence" in asked.stdout
+    reported = distillens("report", dm, "--to", tmp_path / "page.html")
+    assert reported.returncode == 0, reported.stderr
+    page = (tmp_path / "page.html").read_text()
+    assert "Leave-one-out influence" in page and "Accuracy after training" in page
+
+
+@pytest.mark.parametrize("what", ["distillers", "analyses", "nets", "data", "protocols"])
+def test_list_names_what_there_is(distillens, what: str) -> None:
+    rows = json.loads(distillens("list", what, "--json").stdout)
+    assert rows and all(row["name"] for row in rows)
+    plain = distillens("list", what).stdout.splitlines()
+    assert [line.split()[0] for line in plain] == [row["name"] for row in rows]
+
+
+def mistakes(tmp_path: Path, dm: Path) -> dict[str, tuple[list[str | Path], str]]:
+    file, full = tmp_path / "file", tmp_path / "full"
+    file.write_text("here")
+    full.mkdir()
+    (full / "thesis.txt").write_text("keep me")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for name in ("provenance.json", "preview.png"):
+        (broken / name).write_bytes((dm / name).read_bytes())
+    (broken / "data.safetensors").write_bytes((dm / "data.safetensors").read_bytes()[:100])
+    to = tmp_path / "new"
+    return {
+        "unknown method": (["distill", "dmm", "--to", to], "unknown method 'dmm'; Did you mean 'dm'?"),
+        "unknown setting": (
+            ["distill", "dm", "--to", to, "--set", "stepz=3"],
+            "unknown setting of dm 'stepz'; Did you mean 'steps'?",
+        ),
+        "setting of another type": (
+            ["distill", "dm", "--to", to, "--set", "steps=many"],
+            "setting 'steps' does not fit; got 'many'",
+        ),
+        "setting out of range": (
+            ["distill", "dm", "--to", to, "--set", "lr_img=-1"],
+            "dm: lr_img must be above 0",
+        ),
+        "missing path": (["distill", "dm", "--to", to, "--data", "parquet:nowhere"], "nowhere"),
+        "unknown data": (
+            ["distill", "dm", "--to", to, "--data", "digitz"],
+            "unknown data 'digitz'; Did you mean 'digits'?",
+        ),
+        "class with too few images": (
+            ["distill", "dm", "--to", to, "--ipc", "400"],
+            "images, 400 were asked for; ask for at most",
+        ),
+        "no such device": (
+            ["distill", "dm", "--to", to, "--device", "cuda:7"],
+            "there is no device 'cuda:7' here",
+        ),
+        "folder of other settings": (
+            ["distill", "dm", "--to", dm, "--seed", "5", *FAST],
+            "was made with other settings",
+        ),
+        "folder of somebody else": (
+            ["distill", "dm", "--to", full],
+            "holds files that are not a run of distillens",
+        ),
+        "file for a folder": (["distill", "dm", "--to", file], "is a file; expected a folder to write to"),
+        "no set there": (["evaluate", full], "there is no distilled set in"),
+        "corrupt set": (["evaluate", broken], "is not a whole safetensors file"),
+        "unknown analysis": (
+            ["ask", "behavior", dm],
+            "unknown analysis or question 'behavior'; Did you mean 'behaviour'?",
+        ),
+        "unknown protocol": (
+            ["evaluate", dm, "--protocol", "wdl"],
+            "unknown protocol 'wdl'; Did you mean 'wddl'?",
+        ),
+        "unknown list": (["list", "distiller"], "unknown list 'distiller'; Did you mean 'distillers'?"),
+        "nothing to report": (["report", full], str(full)),
+        "sizes that are not": (
+            ["study", "--to", to, "--ipc", "one"],
+            "--ipc takes whole numbers from 1; got 'one'",
+        ),
+    }
+
+
+NAMES = [
+    "unknown method", "unknown setting", "setting of another type", "setting out of range", "missing path",
+    "unknown data", "class with too few images", "no such device", "folder of other settings",
+    "folder of somebody else", "file for a folder", "no set there", "corrupt set", "unknown analysis",
+    "unknown protocol", "unknown list", "nothing to report", "sizes that are not",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mistake_is_one_clear_line_and_exit_code_2(distillens, dm: Path, tmp_path: Path, name: str) -> None:
+    cases = mistakes(tmp_path, dm)
+    assert sorted(cases) == sorted(NAMES)
+    arguments, message = cases[name]
+    failed = distillens(*arguments)
+    assert failed.returncode == 2, failed.stderr
+    assert message in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert failed.stderr.count("\n") == 1, failed.stderr
+    assert (tmp_path / "full" / "thesis.txt").read_text() == "keep me"
+    assert not (tmp_path / "new" / "provenance.json").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_a_full_disk_is_a_clear_error_and_keeps_what_was_there(tmp_path: Path, monkeypatch) -> None:
+    from distillens.core import storage
+    from distillens.core.checks import UserError
+
+    target = tmp_path / "result.json"
+    storage.write_json(target, {"before": 1})
+    real_fsync = os.fsync
+
+    def full(descriptor: int) -> None:
+        with open("/dev/full", "wb", buffering=0) as device:  # noqa: PTH123
+            device.write(b"x")
+        real_fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="the disk is full: free some space"):
+        storage.write_json(target, {"after": 2})
+    assert json.loads(target.read_text()) == {"before": 1}
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_help_and_version_import_no_torch(distillens) -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, distillens.cli as c; sys.argv = ['distillens', '--help']\n"
+        "try: c.main()\nexcept SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "study" in done.stdout
+    assert re.fullmatch(r"\d+\.\d+\.\d+\n", distillens("--version").stdout)

@@ -1,0 +1,160 @@
+"""The main job as a user runs it: whole, killed, resumed, repeated."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from distillens import pipeline, studies
+from distillens.core.checks import UserError
+from distillens.core.dataset import Splits
+from distillens.core.rng import Key
+from distillens.runs import Runs
+
+
+def settled(folder: Path) -> dict[str, bytes]:
+    """All that a study ends in, but for the time that it took."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "timing.json"
+    }
+
+
+def test_a_study_ends_in_a_report_of_all_its_questions(small_study: Path) -> None:
+    page = (small_study / "report.html").read_text()
+    saved = sorted(path.stem for path in (small_study / "results" / "ipc1").glob("*.json"))
+    assert saved == [
+        "behaviour.mixing",
+        "behaviour.recognition",
+        "evaluation.accuracy",
+        "pointwise.leave_one_out",
+        "representativeness.early_agreement",
+    ]
+    claims = [
+        c
+        for path in (small_study / "results").rglob("*.json")
+        for c in json.loads(path.read_text())["claims"]
+    ]
+    assert len({(c["subject"], c["name"]) for c in claims}) == len(claims)
+    for claim in claims:
+        assert claim["verdict"] in ("supported", "not supported", "inconclusive")
+        assert claim["null"] and claim["plant"]
+        assert claim["statement"] in page.replace("&#39;", "'")
+    about = json.loads((small_study / "study.json").read_text())
+    assert {one["name"] for one in about["sets"]} == {"dm", "mtt", "random_subset", "herding"}
+    assert all(one["storage"]["floats"] == 640 for one in about["sets"])
+
+
+def test_every_set_of_a_study_is_made_again_by_its_own_command(small_study: Path, tmp_path: Path) -> None:
+    about = json.loads((small_study / "study.json").read_text())
+    one = next(s for s in about["sets"] if s["name"] == "mtt" and s["replicate"] == 1)
+    words = one["command"].split()
+    subprocess.run(
+        [sys.executable, "-m", "distillens.cli", *words[1:], "--to", str(tmp_path / "again")], check=True
+    )
+    for name in ("data.safetensors", "provenance.json", "log.json", "initial/data.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (small_study / one["folder"] / name).read_bytes()
+
+
+def test_a_finished_study_does_nothing_and_says_so(distillens, small_study: Path, small: list[str]) -> None:
+    before = settled(small_study)
+    again = distillens("study", "--to", small_study, *small)
+    assert again.returncode == 0
+    assert "nothing to do" in again.stderr
+    assert settled(small_study) == before
+
+
+def test_a_folder_of_other_settings_is_refused(distillens, small_study: Path, small: list[str]) -> None:
+    other = distillens("study", "--to", small_study, *small, "--seed", "1")
+    assert other.returncode == 2
+    assert "was made with other settings" in other.stderr
+    assert "--force" in other.stderr
+
+
+@pytest.mark.parametrize("fractions", [(0.25, 0.45), (0.6, 0.8)])
+def test_a_study_that_is_killed_ends_in_the_same_bytes(
+    distillens, small_study: Path, small: list[str], tmp_path: Path, fractions: tuple[float, ...]
+) -> None:
+    whole = json.loads((small_study / "timing.json").read_text())["seconds"]
+    to = tmp_path / "killed"
+    command = [sys.executable, "-m", "distillens.cli", "study", "--to", str(to), *small]
+    for fraction in fractions:
+        running = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        time.sleep(3 + fraction * whole)  # about 3 s pass before the study begins
+        os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
+    done = distillens("study", "--to", to, *small)
+    assert done.returncode == 0, done.stderr
+    resumed, expected = settled(to), settled(small_study)
+    assert sorted(resumed) == sorted(expected)
+    assert [name for name in expected if resumed[name] != expected[name]] == []
+
+
+def test_no_model_of_a_study_is_trained_twice(
+    digits: Splits, tmp_path: Path, small: list[str], monkeypatch
+) -> None:
+    stores: list[Runs] = []
+    original = Runs.__init__
+
+    def remember(self: Runs, *args: object, **kwargs: object) -> None:
+        original(self, *args, **kwargs)  # type: ignore[arg-type]
+        stores.append(self)
+
+    monkeypatch.setattr(Runs, "__init__", remember)
+    settings = tuple(value for flag, value in zip(small[::2], small[1::2], strict=True) if flag == "--set")
+    wishes = {"methods": ("dm", "mtt"), "preset": "smoke", "settings": settings}
+    planned = studies.forecast(studies.design(digits, **wishes), 1)
+    studies.study(digits, tmp_path / "study", workers=1, **wishes)
+    (store,) = stores
+    assert set(store.trained.values()) == {1}
+    assert sum(store.trained.values()) == planned.models
+    assert json.loads((tmp_path / "study" / "study.json").read_text())["trainings"] == planned.models
+
+
+def test_a_forecast_counts_exactly_what_the_quick_preset_trains(digits: Splits) -> None:
+    study = studies.design(digits)
+    cost = studies.forecast(study, 2)
+    assert cost.sets == len(study.orders) == 2 * 6 * 5
+    # Leave-one-out: five sets at 1 image a class, one at 10; three initialisations.
+    leave_one_out = 3 * (5 * 11 + 101)
+    assert cost.models > leave_one_out
+    assert "models to train: about" in cost.text()
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ({"methods": ("dmm",)}, "unknown method 'dmm'.*Did you mean 'dm'"),
+        ({"methods": ("dm", "dm")}, "named twice"),
+        ({"methods": ("random_subset",)}, "is in every study as a baseline"),
+        ({"preset": "quik"}, "unknown preset 'quik'.*Did you mean 'quick'"),
+        ({"protocol": "wdl"}, "unknown protocol 'wdl'.*Did you mean 'wddl'"),
+        ({"settings": ("dm.stesp=3",)}, "unknown setting of dm 'stesp'.*Did you mean 'steps'"),
+        ({"settings": ("dx.steps=3",)}, "unknown owner of a setting 'dx'"),
+        ({"ipc": (500,)}, r"class '\d' has \d+ images, 500 were asked for"),
+    ],
+)
+def test_a_study_is_checked_in_full_before_it_begins(
+    digits: Splits, tmp_path: Path, wish, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        studies.study(digits, tmp_path / "s", **wish)
+    assert not (tmp_path / "s").exists()
+
+
+def test_the_orders_of_a_study_have_their_own_keys(digits: Splits) -> None:
+    keys = [order.key for order in studies.design(digits).orders]
+    assert len(set(keys)) == len(keys)
+    assert pipeline.order("dm", digits, 10, seed=0, replicate=3).key in keys
+    assert all(key.seed == 0 for key in keys)
+    assert Key(0, ("distil", "dm", 10, 3)) in keys
