@@ -31,6 +31,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+LINE_SECONDS = 15.0
+
 Data = Annotated[str, typer.Option("--data", help="digits, kind:path (parquet:cifar10/), or a path.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="NAME=VALUE, repeated: a setting to change.")
@@ -58,7 +60,7 @@ def _sizes(values: Sequence[str] | None) -> list[int]:
 
 @contextmanager
 def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar a stage on standard error, with the time left; one line at the end of each stage without a terminal."""
+    """A bar a stage on standard error, with the time left; a line now and then where there is no terminal."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -72,11 +74,16 @@ def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
         begun: dict[str, float] = {}
+        said: dict[str, float] = {}
 
         def tell(what: str, done: int, total: int) -> None:
-            since = begun.setdefault(what, time.monotonic())
-            if done == total and not quiet:
-                print(f"{what}: {total} in {time.monotonic() - since:.0f} s", file=sys.stderr, flush=True)
+            now = time.monotonic()
+            since = now - begun.setdefault(what, now)
+            if quiet or (done < total and now - said.setdefault(what, now) < LINE_SECONDS):
+                return
+            said[what] = now
+            left = "" if done == total else f", about {since * (total - done) / done:.0f} s left"
+            print(f"{what}: {done} of {total} after {since:.0f} s{left}", file=sys.stderr, flush=True)
 
         yield tell
         return

@@ -71,7 +71,14 @@ def read_json(path: Path) -> Any:
 def write_tensors(
     path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors as safetensors: the same tensors give the same bytes."""
+    """Write tensors as safetensors: the same tensors give the same bytes.
+
+    Raises:
+        UserError: the file cannot be written.
+        ValueError: more than one metadata entry, which the format writes in no fixed order.
+    """
+    if metadata is not None and len(metadata) > 1:
+        raise ValueError("one metadata entry at most: put JSON into it")
     from safetensors.torch import save
 
     # Views of one memory are refused by the format: each tensor gets its own.

@@ -34,7 +34,7 @@ def sources() -> list[str]:
     )
 
 
-def load(spec: str, *, key: Key = Key(0)) -> Splits:  # noqa: B008  # a key is frozen
+def load(spec: str, *, key: Key = Key(0)) -> Splits:
     """Real data in three splits, in the space that its source documents.
 
     ``spec`` is a source's name (``digits``), ``kind:path`` (``parquet:cifar10/``), or a bare path whose

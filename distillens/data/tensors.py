@@ -25,7 +25,7 @@ def from_tensors(
     classes: Sequence[str] | None = None,
     test: Pair | None = None,
     val: Pair | None = None,
-    key: Key = Key(0),  # noqa: B008  # a key is frozen
+    key: Key = Key(0),  # a key is frozen
     space: Space | None = None,
 ) -> Splits:
     """Tensors as real data, float32, cut in three.

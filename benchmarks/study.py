@@ -1,0 +1,66 @@
+"""A study's figures as committed JSON.
+
+    python benchmarks/study.py digits                 # the quick preset, made in runs/digits where it is missing
+    python benchmarks/study.py cifar10 runs/cifar10   # from a folder that a study has finished
+
+The JSON is what README and docs quote: docs/render.py writes it into them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.environment import environment
+from distillens import load, study
+from distillens.core.storage import write_json
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def collect(folder: Path) -> dict[str, Any]:
+    """Accuracies and claims of every size of a finished study, and what made them."""
+    about = json.loads((folder / "study.json").read_text())
+    timing = json.loads((folder / "timing.json").read_text())
+    sizes: dict[str, Any] = {}
+    for path in sorted((folder / "results").glob("ipc*/*.json")):
+        saved = json.loads(path.read_text())
+        size = sizes.setdefault(
+            path.parent.name.removeprefix("ipc"), {"tables": {}, "claims": [], "headline": {}}
+        )
+        size["headline"][saved["analysis"]] = saved["headline"]
+        size["tables"][saved["analysis"]] = saved["tables"]
+        kept = (
+            "name",
+            "subject",
+            "statement",
+            "estimate",
+            "verdict",
+            "direction",
+            "smallest_effect",
+            "source",
+        )
+        size["claims"] += [{key: claim[key] for key in kept} for claim in saved["claims"]]
+    sets = {one["name"]: {"paper": one["paper"], "family": one["family"]} for one in about["sets"]}
+    return {
+        "command": about["command"],
+        "data": about["data"],
+        "trainings": about["trainings"],
+        "seconds": round(timing["seconds"]),
+        "forecast_seconds": round(timing["forecast"]),
+        "sets": sets,
+        "sizes": sizes,
+        "environment": environment(),
+    }
+
+
+def main(name: str, folder: Path) -> None:
+    if not (folder / "study.json").is_file():
+        study(load(name), folder, announce=print)
+    write_json(RESULTS / f"{name}.json", collect(folder))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2] if len(sys.argv) > 2 else f"runs/{sys.argv[1]}"))

@@ -1,0 +1,102 @@
+"""Write the committed figures into README and docs.
+
+    python docs/render.py
+
+Text between ``<!-- NAME -->`` and ``<!-- /NAME -->`` is replaced; a test checks that nothing is stale.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def _estimate(e: dict[str, Any], digits: int = 3, sign: bool = False) -> str:
+    def number(x: float | str) -> str:
+        if isinstance(x, str):
+            return x
+        return f"{x:+.{digits}f}" if sign else f"{x:.{digits}f}"
+
+    return f"{number(e['value'])} [{number(e['low'])}, {number(e['high'])}]"
+
+
+def accuracy_table(name: str) -> str:
+    """Accuracy by size, with the paired gains over random and over the start."""
+    saved = json.loads((RESULTS / f"{name}.json").read_text())
+    lines = [
+        "| set | images a class | test accuracy | gain over random | gain over its start |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    replicates = 0
+    for ipc, size in saved["sizes"].items():
+        table = size["tables"]["evaluation/accuracy"][0]
+        for row in table["rows"]:
+            label, accuracy, gain, start, _ = row
+            cells = [_estimate(accuracy)]
+            cells += [_estimate(x, sign=True) if isinstance(x, dict) else "" for x in (gain, start)]
+            lines.append(f"| {label} | {ipc} | {' | '.join(cells)} |")
+            replicates = max(replicates, accuracy["n"])
+    e = saved["environment"]
+    lines.append("")
+    lines.append(
+        f"Means with 95 % intervals over n = {replicates} replicates (own distillation, subset and network keys); "
+        f"`{saved['command']}`; {saved['trainings']:,} models in {saved['seconds'] / 60:.1f} min on {e['cores']} cores "
+        f"({e['machine']}, torch {e['torch']}), commit {e['commit']}."
+    )
+    return "\n".join(lines)
+
+
+def claims_table(name: str) -> str:
+    """Every claim with its estimate and verdict."""
+    saved = json.loads((RESULTS / f"{name}.json").read_text())
+    lines = [
+        "| claim | set | images a class | estimate | n | verdict |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for ipc, size in saved["sizes"].items():
+        for claim in size["claims"]:
+            e = claim["estimate"]
+            cells = (
+                claim["name"],
+                claim["subject"],
+                ipc,
+                _estimate(e, sign=True),
+                str(e["n"]),
+                claim["verdict"],
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "digits accuracy": lambda: accuracy_table("digits"),
+    "digits claims": lambda: claims_table("digits"),
+    "cifar10 accuracy": lambda: accuracy_table("cifar10"),
+    "cifar10 claims": lambda: claims_table("cifar10"),
+}
+
+
+def rendered(text: str) -> str:
+    """The text with every block written anew."""
+    for name, make in BLOCKS.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if pattern.search(text):
+            block = make()
+            text = pattern.sub(lambda m, block=block: f"{m[1]}{block}\n{m[2]}", text)
+    return text
+
+
+def pages() -> list[Path]:
+    """Every page that may hold figures."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+if __name__ == "__main__":
+    for page in pages():
+        page.write_text(rendered(page.read_text()))
