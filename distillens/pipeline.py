@@ -25,7 +25,7 @@ from distillens.core.rng import Key
 from distillens.core.storage import read_json, write_json
 from distillens.data import load, sources
 from distillens.engine.plan import Plan
-from distillens.engine.workers import Engine, cores
+from distillens.engine.workers import Engine, cores, pinned_threads
 from distillens.evaluation import protocol as protocols
 from distillens.evaluation.accuracy import Accuracy
 from distillens.report import write
@@ -275,11 +275,14 @@ def check_device(name: str) -> torch.device:
 def session(
     real: Splits, store: Path | None = None, *, workers: int | None = None, device: str = "cpu"
 ) -> Iterator[Runs]:
-    """A store of runs with an engine that fits the data and the machine; ends its workers on the way out."""
+    """A store of runs with an engine that fits the data and the machine; ends its workers on the way out.
+
+    The threads of the plan hold for this process too meanwhile: their number is part of what settles the last bits.
+    """
     plan = Plan.resolve(real.train)
     if workers is None:
         workers = max(1, cores() // plan.threads) if torch.device(device).type == "cpu" else 1
-    with Engine(workers, plan.threads) as engine:
+    with pinned_threads(plan.threads), Engine(workers, plan.threads) as engine:
         yield Runs(plan, engine, store)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, Literal
 
 import torch
@@ -86,7 +87,7 @@ class ConvNet:
                 x = F.group_norm(x, self.width, params[f"norm{block}.weight"], params[f"norm{block}.bias"])
             x = F.relu(x)
             if self.pooling == "average":
-                x = F.avg_pool2d(x, 2)
+                x = _average_pool(x)
             elif self.pooling == "max":
                 x = F.max_pool2d(x, 2)
         return x.flatten(1), buffers
@@ -97,6 +98,29 @@ class ConvNet:
         """Logits [n, k]."""
         features, buffers = self.features(params, buffers, x, mode)
         return F.linear(features, params["linear.weight"], params["linear.bias"]), buffers
+
+
+def _average_pool(x: torch.Tensor) -> torch.Tensor:
+    """Means of 2 x 2 pixels; an odd last row or column is dropped, as ``avg_pool2d`` does.
+
+    Small images take one product with a constant matrix: the same function, forward and backward three times
+    as fast on a CPU (0.23 against 0.73 ms at [100, 32, 8, 8]), and a training step a sixth.
+    """
+    h, w = x.shape[-2:]
+    if h * w > 64:
+        return F.avg_pool2d(x, 2)
+    small = x.flatten(-2) @ _pooling_matrix(h, w).to(x)
+    return small.view(*x.shape[:-2], h // 2, w // 2)
+
+
+@lru_cache(maxsize=64)
+def _pooling_matrix(h: int, w: int) -> torch.Tensor:
+    """[h * w, h//2 * w//2]: a quarter where a pixel belongs to a cell."""
+    matrix = torch.zeros(h, w, h // 2, w // 2)
+    for i in range(h // 2 * 2):
+        for j in range(w // 2 * 2):
+            matrix[i, j, i // 2, j // 2] = 0.25
+    return matrix.view(h * w, -1)
 
 
 def _uniform(name: str, shape: tuple[int, ...], fan_in: int, key: Key) -> Params:

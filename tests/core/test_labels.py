@@ -238,7 +238,10 @@ NAN = torch.full((2, 3), math.nan)
             Hard(torch.tensor([0.0, 1.0])),
             r"hard labels are whole numbers, one an image; got torch.float32 of shape \(2,\); expected int64 \[n\]",
         ),
-        (Hard(torch.tensor([[0, 1]])), r"hard labels are whole numbers, one an image; got torch.int64 of shape \(1, 2\)"),
+        (
+            Hard(torch.tensor([[0, 1]])),
+            r"hard labels are whole numbers, one an image; got torch.int64 of shape \(1, 2\)",
+        ),
         (
             Probabilities(torch.ones(4, 2) / 2),
             r"probabilities labels are one row an image; got shape \(4, 2\); expected \[n, 3\]",
@@ -260,8 +263,14 @@ NAN = torch.full((2, 3), math.nan)
             Teacher("r", torch.ones(2, 5, 4), 0),
             r"teacher labels are one row a view and image; got shape \(2, 5, 4\); expected \[views, n, 3\]",
         ),
-        (Teacher("r", torch.ones(5, 3), 0), r"teacher labels are one row a view and image; got shape \(5, 3\)"),
-        (Teacher("r", torch.ones(0, 5, 3), 0), r"teacher labels are one row a view and image; got shape \(0, 5, 3\)"),
+        (
+            Teacher("r", torch.ones(5, 3), 0),
+            r"teacher labels are one row a view and image; got shape \(5, 3\)",
+        ),
+        (
+            Teacher("r", torch.ones(0, 5, 3), 0),
+            r"teacher labels are one row a view and image; got shape \(0, 5, 3\)",
+        ),
         (Teacher("r", NAN[None], 0), "teacher labels hold numbers that are not finite"),
         (Teacher("r", torch.ones(1, 5, 3), 0, 0.0), "teacher labels: temperature must be above 0; got 0.0"),
     ],

@@ -1,0 +1,471 @@
+"""What every distillation method must keep. A new file in ``distillens/distillers`` is held to all of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, fields, replace
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+from distillens import distillers, pipeline
+from distillens.core.artefact import DistilledDataset, Provenance
+from distillens.core.checks import UserError
+from distillens.core.config import describe, override, restore, settings_of
+from distillens.core.contracts import Distiller, Log, Problem, State
+from distillens.core.dataset import Dataset, Splits, same_space
+from distillens.core.rng import Key
+from distillens.core.storage import fingerprint, read_json
+from distillens.data.planted import planted
+from distillens.engine.plan import Plan
+from distillens.runs import Runs
+
+IPC = 2
+STEPS = 3
+FAMILIES = {"gradient", "distribution", "trajectory", "unrolled", "coreset"}
+
+# What makes any method quick, where it has such a setting. A new method adds its own loops here.
+TINY = {
+    "steps": str(STEPS),
+    "net.depth": "1",
+    "net.width": "4",
+    "batch_real": "4",
+    "batch_syn": "1",
+    "batch_train": "4",
+    "inner_steps": "3",
+    "inner_loop": "2",
+    "outer_loop": "2",
+    "syn_steps": "6",  # one pass over the images
+    "experts": "2",
+    "expert_epochs": "1",
+    "expert_batch": "8",
+    "max_start_epoch": "2",
+    "recipe.steps": "4",
+    "augment": "color_crop_cutout_flip_scale_rotate",
+}
+
+names = distillers.room.names()
+every_method = pytest.mark.parametrize("name", names)
+every_channel = pytest.mark.parametrize("channels", [1, 3])
+that_learn = pytest.mark.parametrize("name", [n for n in names if not distillers.room.find(n).selects])
+that_select = pytest.mark.parametrize("name", [n for n in names if distillers.room.find(n).selects])
+
+
+def real(channels: int = 1) -> Splits:
+    """Three classes of 8 x 12 images, newly made at each call."""
+    return planted(Key(7), per_class=8, shape=(channels, 8, 12))
+
+
+def tiny(name: str, data: Dataset, ipc: int = IPC, **changes: str) -> Distiller:
+    method = distillers.room.find(name).defaults(data, ipc)
+    known = settings_of(method)
+    wanted = {field: text for field, text in {**TINY, **changes}.items() if field in known}
+    return override(method, [f"{field}={text}" for field, text in wanted.items()])
+
+
+def problem_of(method: Distiller, data: Dataset, ipc: int = IPC, key: Key = Key(0, ("contract",))) -> Problem:
+    bare = Problem(data, ipc, key)
+    runs = Runs(Plan())
+    needs = method.needs(bare)
+    return replace(bare, inputs={place: runs.get(training)[0] for place, training in needs.items()})
+
+
+def go(
+    method: Distiller, problem: Problem, state: State | None = None, first: int = 0
+) -> tuple[list[State], list[Log]]:
+    """The states before and after each step from ``first`` on, and the logs."""
+    states, logs = [state or method.start(problem)], []
+    for i in range(first, method.steps):
+        after, log = method.step(problem, states[-1], i)
+        states.append(after)
+        logs.append(log)
+    return states, logs
+
+
+def bytes_of(state: State) -> str:
+    return fingerprint(
+        *(part for name in sorted(state.tensors) for part in (name, state.tensors[name])), state.values
+    )
+
+
+@cache
+def whole(name: str, channels: int) -> tuple[Distiller, Problem, list[State], list[Log], DistilledDataset]:
+    """One uninterrupted run, shared by the tests that only look at it."""
+    data = real(channels).train
+    method = tiny(name, data)
+    problem = problem_of(method, data)
+    states, logs = go(method, problem)
+    return method, problem, states, logs, method.finish(problem, states[-1])
+
+
+# ---- what a method says of itself ----
+
+
+@every_method
+def test_traits_are_there_and_of_their_kind(name: str) -> None:
+    kind = distillers.room.find(name)
+    assert isinstance(kind.paper, str)
+    assert kind.family in FAMILIES
+    for trait in ("selects", "soft_labels", "learns_lr", "needs_experts"):
+        assert isinstance(getattr(kind, trait), bool), trait
+    assert kind.paper or kind.family == "coreset"  # only a baseline has no authors
+    with pytest.raises(FrozenInstanceError):
+        kind().steps = 1  # type: ignore[misc]
+    about = (kind.__doc__ or "").strip().partition("\n")[0]
+    assert about.endswith(".") and not about.startswith(f"{kind.__name__}(")
+
+
+@every_method
+@every_channel
+def test_traits_are_kept(name: str, channels: int) -> None:
+    method, problem, states, _, done = whole(name, channels)
+    assert ("experts" in method.needs(problem)) == method.needs_experts
+    assert (done.labels.kind != "hard") == method.soft_labels
+    begun = method.finish(problem, states[0])
+    if method.learns_lr:
+        assert begun.recipe is not None and done.recipe is not None
+        assert begun.recipe.lr != done.recipe.lr
+    else:
+        assert begun.recipe == done.recipe
+
+
+@every_method
+@pytest.mark.parametrize("shape", [(1, 8, 12), (1, 28, 28), (3, 32, 32)], ids=str)
+@pytest.mark.parametrize("ipc", [1, 10, 50])
+def test_there_are_defaults_for_every_size(name: str, shape: tuple[int, int, int], ipc: int) -> None:
+    data = planted(Key(7), per_class=1, shape=shape).train
+    method = distillers.room.find(name).defaults(data, ipc)
+    assert type(method) is distillers.room.find(name)
+    assert method.steps == 0 or method.steps >= 10
+    assert method.work(Problem(data, ipc, Key(0))) > 0 or method.steps == 0
+
+
+@every_method
+def test_settings_survive_json(name: str) -> None:
+    method = tiny(name, real().train)
+    assert restore(json.loads(json.dumps(describe(method)))) == method
+
+
+@every_method
+def test_every_setting_can_be_set_from_text(name: str) -> None:
+    method = tiny(name, real().train)
+    texts = [f"{field}={value}" for field, value in settings_of(method).items()]
+    assert override(method, texts) == method
+
+
+@every_method
+def test_work_grows_with_the_steps(name: str) -> None:
+    method, problem, *_ = whole(name, 1)
+    if method.steps == 0:
+        assert method.work(problem) >= 0
+        return
+    assert method.work(problem) > 0
+    double = override(method, [f"steps={2 * method.steps}"])
+    assert double.work(problem) == pytest.approx(2 * method.work(problem))
+
+
+# ---- the same and not the same ----
+
+
+@every_method
+@every_channel
+def test_the_same_key_gives_the_same_bytes(name: str, channels: int) -> None:
+    _, _, states, logs, done = whole(name, channels)
+    data = real(channels).train
+    method = tiny(name, data)
+    again_states, again_logs = go(method, problem_of(method, data))
+    assert [bytes_of(s) for s in again_states] == [bytes_of(s) for s in states]
+    assert again_logs == logs
+    again = method.finish(problem_of(method, data), again_states[-1])
+    assert again.fingerprint == done.fingerprint
+
+
+@every_method
+def test_another_key_gives_other_data(name: str) -> None:
+    method, _, _, _, done = whole(name, 1)
+    data = real().train
+    found = {done.fingerprint}
+    for seed in (1, 2, 3):
+        problem = problem_of(method, data, key=Key(seed))
+        found.add(method.finish(problem, go(method, problem)[0][-1]).fingerprint)
+    assert len(found) == 4 or (method.selects and len(found) > 1)
+
+
+@that_learn
+@every_channel
+def test_every_step_moves_the_data_and_logs_numbers(name: str, channels: int) -> None:
+    method, problem, states, logs, _ = whole(name, channels)
+    images = [method.finish(problem, state).dataset().images for state in states]
+    for before, after in pairwise(images):
+        moved = (after - before).flatten(1).abs().amax(1)
+        assert bool((moved > 0).any())
+    total = (images[-1] - images[0]).flatten(1).abs().amax(1)
+    assert bool((total > 0).all()), "an image was never moved"
+    for log in logs:
+        assert log.keys() == logs[0].keys() and log
+        assert all(type(value) is float and value == value for value in log.values())
+
+
+@that_learn
+def test_a_step_depends_on_its_number(name: str) -> None:
+    method, problem, states, _, _ = whole(name, 1)
+    moved = [bytes_of(method.step(problem, states[0], i)[0]) for i in (0, 1, 2)]
+    assert len(set(moved)) == 3, "two steps drew the same numbers"
+
+
+# ---- purity ----
+
+
+@every_method
+@every_channel
+def test_nothing_that_was_given_is_changed(name: str, channels: int) -> None:
+    data = real(channels).train
+    method = tiny(name, data)
+    problem = problem_of(method, data)
+
+    def given() -> str:
+        populations = [
+            part
+            for population in problem.inputs.values()
+            for part in (population.final, population.snapshots)
+        ]
+        return fingerprint(data.images, data.labels.hard(), *populations)
+
+    before = given()
+    state = method.start(problem)
+    for i in range(method.steps):
+        kept = bytes_of(state)
+        after, _ = method.step(problem, state, i)
+        assert bytes_of(state) == kept, f"step {i} changed the state it was given"
+        assert not any(tensor.requires_grad for tensor in after.tensors.values())
+        state = after
+    kept = bytes_of(state)
+    method.finish(problem, state)
+    assert bytes_of(state) == kept
+    assert given() == before
+    assert not data.images.requires_grad and data.images.grad is None
+
+
+@every_method
+def test_global_generators_are_neither_read_nor_written(name: str) -> None:
+    method, problem, states, _, _ = whole(name, 1)
+    numpy.random.seed(5)
+    random.seed(5)
+    torch.manual_seed(5)
+    before = [torch.get_rng_state().tolist(), random.getstate(), str(numpy.random.get_state())]
+    again, _ = go(method, problem)
+    method.finish(problem, again[-1])
+    after = [torch.get_rng_state().tolist(), random.getstate(), str(numpy.random.get_state())]
+    assert after == before
+    assert bytes_of(again[-1]) == bytes_of(states[-1])  # under other global seeds
+
+
+# ---- kill and go on ----
+
+
+def reborn(name: str, channels: int, state: State, file: Path) -> tuple[Distiller, Problem, State]:
+    """Method, problem and state as another process would have them: nothing is shared."""
+    state.save(file)
+    data = real(channels).train
+    method = restore(json.loads(json.dumps(describe(tiny(name, data)))))
+    return method, problem_of(method, data), State.load(file)
+
+
+@every_method
+@every_channel
+def test_a_run_killed_after_any_step_ends_in_the_same_bytes(name: str, channels: int, tmp_path: Path) -> None:
+    method, _, states, logs, done = whole(name, channels)
+    for killed in range(method.steps + 1):
+        new, problem, state = reborn(name, channels, states[killed], tmp_path / "state")
+        assert bytes_of(state) == bytes_of(states[killed])
+        again, again_logs = go(new, problem, state, killed)
+        assert bytes_of(again[-1]) == bytes_of(states[-1]), f"killed after step {killed}"
+        assert again_logs == logs[killed:]
+        assert new.finish(problem, again[-1]).fingerprint == done.fingerprint
+
+
+def elsewhere(folder: str) -> None:
+    """In a new process: each method goes on from its state and says what it ends in."""
+    place = Path(folder)
+    ends = {}
+    for name in names:
+        data = real().train
+        method = tiny(name, data)
+        problem = problem_of(method, data)
+        states, _ = go(method, problem, State.load(place / name), 1)
+        ends[name] = [bytes_of(states[-1]), method.finish(problem, states[-1]).fingerprint]
+    (place / "ends.json").write_text(json.dumps(ends))
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    folder = tmp_path_factory.mktemp("elsewhere")
+    for name in names:
+        _, _, states, _, _ = whole(name, 1)
+        states[min(1, len(states) - 1)].save(folder / name)
+    code = (
+        "import runpy, sys, torch; torch.set_num_threads(1); torch.manual_seed(99)\n"
+        "runpy.run_path(sys.argv[1])['elsewhere'](sys.argv[2])"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "1"}
+    subprocess.run([sys.executable, "-c", code, __file__, str(folder)], check=True, env=environment)
+    return json.loads((folder / "ends.json").read_text())  # type: ignore[no-any-return]
+
+
+@every_method
+def test_another_process_goes_on_to_the_same_bytes(name: str, ends: dict[str, list[str]]) -> None:
+    _, _, states, _, done = whole(name, 1)
+    assert ends[name] == [bytes_of(states[-1]), done.fingerprint]
+
+
+class KilledError(Exception):
+    pass
+
+
+@that_learn
+@pytest.mark.parametrize("killed", range(1, STEPS + 1))
+def test_the_pipeline_goes_on_from_its_checkpoint(
+    name: str, killed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, problem, _, logs, done = whole(name, 1)
+    monkeypatch.setattr(pipeline, "CHECKPOINT_SECONDS", -1.0)
+    about = Provenance(name, describe(method), IPC, problem.key, "planted", "")
+    calls: list[int] = []
+
+    def tell(what: str, step: int, total: int) -> None:
+        calls.append(step)
+        if len(calls) == killed:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        pipeline.run(method, problem, about, tmp_path, tell)
+    assert not (tmp_path / "provenance.json").exists()
+    # What raised has no checkpoint yet: its step is made again.
+    made = pipeline.run(restore(describe(method)), problem, about, tmp_path, tell)
+    assert calls == [*range(1, killed + 1), *range(killed, STEPS + 1)]
+    assert made.fingerprint == done.fingerprint
+    assert DistilledDataset.load(tmp_path).fingerprint == done.fingerprint
+    begun = method.finish(problem, method.start(problem))
+    assert DistilledDataset.load(tmp_path / "initial").fingerprint == begun.fingerprint
+    assert read_json(tmp_path / "log.json") == {n: [log[n] for log in logs] for n in logs[0]}
+    assert not (tmp_path / "checkpoint.safetensors").exists()
+
+
+# ---- what comes out ----
+
+
+@every_method
+@every_channel
+@pytest.mark.parametrize("ipc", [1, IPC])
+def test_the_set_has_ipc_images_a_class_class_by_class(name: str, channels: int, ipc: int) -> None:
+    data = real(channels).train
+    method = tiny(name, data, ipc)
+    problem = problem_of(method, data, ipc)
+    done = method.finish(problem, go(method, problem)[0][-1])
+    made = done.dataset()
+    assert len(done) == len(made) == 3 * ipc
+    assert done.ipc == ipc
+    assert made.shape == (channels, 8, 12)
+    assert made.images.dtype == data.images.dtype
+    assert made.labels.hard().tolist() == [c for c in range(3) for _ in range(ipc)]
+    assert made.classes == data.classes
+    assert same_space(made.space, data.space)
+    assert done.provenance is None  # the pipeline's to write
+
+
+@every_method
+def test_labels_that_come_in_any_order_do_not_matter(name: str) -> None:
+    """Real images in another order are the same problem, up to which are drawn: classes stay classes."""
+    data = real().train
+    mixed = data.take(Key(1).permutation(len(data)))
+    method = tiny(name, mixed)
+    problem = problem_of(method, mixed)
+    images = method.finish(problem, method.start(problem)).dataset().images
+    if method.selects or settings_of(method).get("init") == "real":
+        assert origins(images, mixed) == [c for c in range(3) for _ in range(IPC)]
+
+
+def origins(images: torch.Tensor, data: Dataset) -> list[int]:
+    """The class of the real image that each image is, to the byte."""
+    found = []
+    for image in images:
+        where = (data.images == image).flatten(1).all(1).nonzero().flatten().tolist()
+        assert len(where) == 1, "not a real image, or one that is there twice"
+        found.append(int(data.labels.hard()[where[0]]))
+    return found
+
+
+@that_select
+@every_channel
+@pytest.mark.parametrize("ipc", [1, 5, 8])
+def test_what_selects_gives_different_real_images_of_the_right_class(
+    name: str, channels: int, ipc: int
+) -> None:
+    data = real(channels).train
+    method = tiny(name, data, ipc)
+    problem = problem_of(method, data, ipc)
+    done = method.finish(problem, method.start(problem)).dataset()
+    assert origins(done.images, data) == done.labels.hard().tolist()
+    assert len(torch.unique(done.images.flatten(1), dim=0)) == 3 * ipc
+
+
+def scarce() -> Dataset:
+    """Class '1' has three images, the others eight."""
+    data = real().train
+    return data.take(torch.cat([data.by_class[0], data.by_class[1][:3], data.by_class[2]]))
+
+
+def starts_from_real(name: str) -> bool:
+    kind = distillers.room.find(name)
+    return kind.selects or "init" in {field.name for field in fields(kind)}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", [n for n in names if starts_from_real(n)])
+def test_a_class_with_too_few_images_is_named(name: str) -> None:
+    data = scarce()
+    method = tiny(name, data, 4, init="real")
+    with pytest.raises(UserError) as error:
+        method.start(problem_of(method, data, 4))
+    assert str(error.value) == (
+        "class '1' has 3 images, 4 were asked for; ask for at most 3 images per class"
+    )
+    fits = problem_of(method, data, 3)
+    assert method.finish(fits, go(method, fits)[0][-1]).ipc == 3
+
+
+@that_learn
+def test_noise_needs_no_real_image_of_its_own(name: str) -> None:
+    data = scarce()
+    method = tiny(name, data, 4, init="noise")
+    problem = problem_of(method, data, 4)
+    done = method.finish(problem, go(method, problem)[0][-1])
+    assert done.ipc == 4
+
+
+@that_learn
+def test_images_in_float64_stay_so(name: str) -> None:
+    """Reference tests need the digits; nothing on the way may round to float32."""
+    data = real().train
+    fine = Dataset(data.images.double(), data.labels, data.classes, data.space)
+    method = tiny(name, fine)
+    problem = problem_of(method, fine)
+    states, _ = go(method, problem)
+    assert states[-1].tensors["images"].dtype == torch.float64
+
+
+# ---- the tests' own checks ----
+
+
+def test_bytes_of_sees_a_single_bit() -> None:
+    state = State({"a": torch.zeros(3)}, {"b": 1.0})
+    other = State({"a": torch.tensor([0.0, 0.0, 1e-45])}, {"b": 1.0})
+    assert bytes_of(state) != bytes_of(other)
+    assert bytes_of(state) != bytes_of(State({"a": torch.zeros(3)}, {"b": 1.0 + 2**-52}))
