@@ -68,12 +68,27 @@ class Training:
         augment.parse(self.recipe.augment)
         if self.subsets is not None and len(self.subsets) != m:
             raise UserError("every model needs one subset", got=f"{len(self.subsets)} subsets for {m} models")
+        if self.subsets is not None and not all(map(len, self.subsets)):
+            empty = next(j for j, subset in enumerate(self.subsets) if not len(subset))
+            raise UserError("every model needs an image", got=f"an empty subset for model {empty}")
+        if self.order is not None and self.subsets is not None:
+            raise UserError(
+                "ordered steps name their images: subsets do not go with them",
+                fix="leave points out by example weights",
+            )
+        if self.order is not None and self.order.steps.numel() and int(self.order.steps.max()) >= n:
+            raise UserError(
+                "an ordered step names an image that is not there",
+                got=str(int(self.order.steps.max())),
+                expected=f"0 to {n - 1}",
+            )
         if self.weights is not None:
             if tuple(self.weights.shape) != (m, n):
                 raise UserError(
                     "example weights do not fit", got=str(tuple(self.weights.shape)), expected=f"[{m}, {n}]"
                 )
-            if self.subsets is not None or (self.recipe.batch is not None and self.recipe.batch < n):
+            batched = self.order is None and self.recipe.batch is not None and self.recipe.batch < n
+            if self.subsets is not None or batched:
                 raise UserError(
                     "example weights need full batches of the whole set", fix="leave points out by subsets"
                 )
@@ -101,6 +116,8 @@ class Training:
     @property
     def image_steps(self) -> int:
         """Images seen, summed over steps and models: the measure of the work."""
+        if self.order is not None:
+            return len(self.keys) * int((self.order.steps >= 0).sum())
         sizes = [len(self.data)] * len(self.keys) if self.subsets is None else [len(s) for s in self.subsets]
         return self.steps * sum(min(size, self.recipe.batch or size) for size in sizes)
 
@@ -216,6 +233,8 @@ def networks(key: Key, replicate: int, count: int) -> tuple[Key, ...]:
 def chunks(training: Training, plan: Plan) -> list[Training]:
     """The training cut as the plan says, before any work starts."""
     size = plan.models_together(min(training.recipe.batch or len(training.data), len(training.data)))
+    if training.net.mixes_examples and len(set(map(len, training.subsets or ()))) > 1:
+        size = 1  # the images that fill short batches up would be mixed in
     return [training.models(i, i + size) for i in range(0, len(training.keys), size)]
 
 
@@ -260,7 +279,13 @@ def train_chunk(training: Training, plan: Plan, progress: Progress | None = None
         if index is not None:
             labels = labels.take(index)
         losses = labels.loss(logits)
-        mean = losses.mean(1) if weight is None else (losses * weight).sum(1) / weight.sum(1)
+        if weight is None:
+            mean = losses.mean(1)
+        else:
+            weight = weight.to(losses)
+            total = weight.sum(1)
+            # An ordered step of which nothing is left has no gradient.
+            mean = (losses * weight).sum(1) / torch.where(total > 0, total, 1.0)
         (gradient,) = torch.autograd.grad(mean.sum(), leaf)
         rate = None if training.order is None else float(training.order.lr[step])
         flat = optimiser.step(flat, gradient, step, rate)
@@ -346,11 +371,12 @@ class _Batches:
         device = training.data.device
         if training.order is not None:
             row = training.order.steps[step].to(device)
-            index = row.expand(len(training.keys), -1)
+            present = row[row >= 0]
+            index = (present if len(present) else row[:1]).expand(len(training.keys), -1)
             weight = (index >= 0).double()
             if training.weights is not None:
                 weight = weight * training.weights.to(weight).gather(1, index.clamp(min=0))
-            return index.clamp(min=0), weight.to(training.data.images.dtype)
+            return index.clamp(min=0), weight
         if self.full:
             return None, None if training.weights is None else training.weights.to(device)
         rows = [self._row(j, step) for j in range(len(self.sizes))]

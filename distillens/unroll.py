@@ -66,7 +66,9 @@ def _graph(
         velocity = momentum * velocity + gradient if momentum else gradient
         theta = theta - alpha * velocity
     value = outer(theta)
-    *gradients, by_rate = torch.autograd.grad(value, [*learned, alpha])
+    *gradients, by_rate = torch.autograd.grad(
+        value, [*learned, alpha], allow_unused=True, materialize_grads=True
+    )
     return Unrolled(float(value.detach()), tuple(gradients), float(by_rate), theta.detach())
 
 
@@ -91,21 +93,21 @@ def _adjoint(
     value = outer(theta)
     (by_theta,) = torch.autograd.grad(value, theta)
     last = theta.detach()
-    by_velocity = torch.zeros_like(start)
+    pull = torch.zeros_like(start)  # minus the outer loss's gradient in the velocity, over the step size
     by_rate = torch.zeros((), dtype=start.dtype, device=start.device)
     totals = [torch.zeros_like(x) for x in learned]
+    path.pop()
     for t in reversed(range(steps)):
-        before, after = path[t].detach(), path.pop().detach()
-        # v_{t+1} is not stored: it is the move of this step over the step size.
-        by_rate -= by_theta @ (before - after) / rate
-        by_velocity = by_velocity - rate * by_theta
-        theta = before.requires_grad_()
+        theta = path.pop().detach().requires_grad_()
+        pull = momentum * pull + by_theta
         (gradient,) = torch.autograd.grad(inner(theta, learned, t), theta, create_graph=True)
+        # The sum over steps of velocity . by_theta, rearranged: no velocity has to be stored, or found again as a
+        # difference of parameters, which loses digits when steps are small.
+        by_rate -= gradient.detach() @ pull
         by_step = torch.autograd.grad(
-            gradient, [theta, *learned], by_velocity, allow_unused=True, materialize_grads=True
+            gradient, [theta, *learned], -rate * pull, allow_unused=True, materialize_grads=True
         )
         by_theta = by_theta + by_step[0]
         for total, piece in zip(totals, by_step[1:], strict=True):
             total += piece
-        by_velocity = momentum * by_velocity
     return Unrolled(float(value.detach()), tuple(totals), float(by_rate), last)

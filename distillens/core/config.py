@@ -9,7 +9,7 @@ from dataclasses import fields, is_dataclass, replace
 from importlib import import_module
 from typing import Any, TypeVar, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
 from distillens.core.checks import UserError, unknown
 from distillens.core.rng import Key
@@ -103,7 +103,10 @@ def _set(owner: Any, path: Sequence[str], text: str, whole: str) -> Any:
         inner = ", ".join(f"{name}.{field.name}" for field in fields(old))
         raise UserError(f"setting {whole!r} holds settings of its own", fix=f"set one of {inner}")
     kind = get_type_hints(type(owner))[name]
-    adapter: TypeAdapter[Any] = TypeAdapter(kind)
+    try:
+        adapter: TypeAdapter[Any] = TypeAdapter(kind)
+    except PydanticSchemaGenerationError as error:  # settings objects in a tuple, say
+        raise UserError(f"setting {whole!r} cannot be written as text", fix="set it from Python") from error
     if text.lower() == "none":  # no value where the field may be empty, else a word like any other
         with suppress(ValidationError):
             return replace(owner, **{name: adapter.validate_python(None)})

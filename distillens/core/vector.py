@@ -38,6 +38,6 @@ class Shapes:
         """Views of [..., P] under their names and shapes; gradients flow through."""
         pieces = torch.split(flat, [math.prod(shape) for shape in self.shapes], -1)
         return {
-            name: piece.reshape(*flat.shape[:-1], *shape)
+            name: piece.reshape((*flat.shape[:-1], *shape))
             for name, shape, piece in zip(self.names, self.shapes, pieces, strict=True)
         }

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -357,7 +358,7 @@ def test_the_preview_shows_a_row_a_class_in_pixels(tmp_path: Path) -> None:
     picture = Image.open(io.BytesIO((tmp_path / "preview.png").read_bytes()))
     zoom = 4 * 8 // 4
     assert picture.size == ((2 * 7 + 1) * zoom, (3 * 5 + 1) * zoom)
-    grey = torch.tensor(list(picture.convert("L").get_flattened_data())).reshape(*picture.size[::-1])
+    grey = np.asarray(picture.convert("L"))
     centres = [
         [int(grey[(1 + r * 5 + 2) * zoom, (1 + c * 7 + 3) * zoom]) for c in range(2)] for r in range(3)
     ]
@@ -393,7 +394,7 @@ def test_tampered_data_is_refused(saved: Path, name: str) -> None:
     edit(saved, change)
     with pytest.raises(
         UserError,
-        match="run was changed after it was made: data.safetensors and provenance.json differ; "
+        match=r"run was changed after it was made: data.safetensors and provenance.json differ; "
         "make it again, or import the tensors as a new set",
     ):
         DistilledDataset.load(saved)
@@ -500,7 +501,7 @@ def test_a_set_with_a_tensor_missing_is_refused(saved: Path, name: str) -> None:
 
     edit(saved, change)
     with pytest.raises(
-        UserError, match="is not a whole distilled set|labels are damaged|do not fit their decoder"
+        UserError, match=r"is not a whole distilled set|labels are damaged|do not fit their decoder"
     ):
         DistilledDataset.load(saved)
 
@@ -559,7 +560,7 @@ def test_loading_runs_no_code(saved: Path, name: str, monkeypatch: pytest.Monkey
     )
     monkeypatch.syspath_prepend(str(saved))
     edit(saved, lambda tensors, about: about.update(recipe={"is": name, "command": "true"}))
-    with pytest.raises(UserError, match="unknown settings; got .*; expected a class of distillens"):
+    with pytest.raises(UserError, match=r"unknown settings; got .*; expected a class of distillens"):
         DistilledDataset.load(saved)
     assert "planted_code" not in sys.modules
 

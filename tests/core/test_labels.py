@@ -174,7 +174,7 @@ def test_an_unknown_kind_of_label_is_refused() -> None:
     ("tensors", "settings"), [({}, {}), ({"index": torch.zeros(1)}, {"more": 1}), ({"values": None}, {})]
 )
 def test_damaged_labels_are_refused(tensors: dict[str, torch.Tensor], settings: dict[str, object]) -> None:
-    with pytest.raises(UserError, match="hard labels are damaged; got .*; make the file again"):
+    with pytest.raises(UserError, match=r"hard labels are damaged; got .*; make the file again"):
         restore_labels("hard", tensors, settings)
 
 

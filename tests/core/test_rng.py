@@ -105,7 +105,7 @@ def test_json_round_trip_keeps_names_and_numbers_apart() -> None:
 @pytest.mark.parametrize("seed", [-1, True, 1.0, "0", None])
 def test_a_bad_seed_is_refused(seed: Any) -> None:
     with pytest.raises(
-        UserError, match="a seed is a whole number from 0; got .*; use --seed 0, say"
+        UserError, match=r"a seed is a whole number from 0; got .*; use --seed 0, say"
     ) as error:
         Key(seed)
     assert repr(seed) in str(error.value)

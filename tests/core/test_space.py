@@ -196,7 +196,7 @@ def test_constants_that_do_not_fit_are_refused(mean: Any, std: Any, message: str
 
 
 def test_a_regulariser_of_nothing_is_refused() -> None:
-    with pytest.raises(UserError, match="zca: regulariser must be at least 1e-08; got 0.0"):
+    with pytest.raises(UserError, match=r"zca: regulariser must be at least 1e-08; got 0.0"):
         Zca.fit(PIXELS, 0.0)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from distillens.core.rng import Key
-from distillens.unroll import Inner, Unrolled, unroll
+from distillens.unroll import Unrolled, unroll
 
 Mode = Literal["graph", "adjoint"]
 MODES: tuple[Mode, ...] = ("graph", "adjoint")
@@ -165,10 +165,9 @@ def test_the_same_call_gives_the_same_bytes_and_changes_nothing(mode: Mode) -> N
 def test_float32_is_near_float64_at_any_rate(momentum: float, rate: float) -> None:
     """Small steps must not lose the rate's gradient in the parameters' rounding."""
     exact = go("graph", momentum=momentum, rate=rate)
-    single: Inner = inner
     for mode in MODES:
         found = unroll(
-            single,
+            inner,
             lambda theta: (theta - GOAL.float()).square().sum() + theta.sin().sum(),
             START.float(),
             [X.float(), Y.float()],

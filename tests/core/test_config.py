@@ -1,0 +1,273 @@
+"""Settings to JSON and back, and from the command line, typed by their dataclass."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import pytest
+
+from distillens import analyses, distillers, nets
+from distillens.core import recipe as recipe_module
+from distillens.core.checks import UserError
+from distillens.core.config import describe, override, restore, settings_of
+from distillens.core.recipe import Recipe
+from distillens.core.rng import Key
+from distillens.nets.convnet import ConvNet
+from distillens.nets.mlp import MLP
+
+ROOMS = {"method": distillers.room, "network": nets.room, "analysis": analyses.room}
+EVERYTHING = [(what, name) for what, room in ROOMS.items() for name in room.names()]
+everything = pytest.mark.parametrize(("what", "name"), EVERYTHING)
+
+
+@dataclass(frozen=True)
+class Inner:
+    width: int = 8
+    norm: Literal["group", "none"] = "group"
+
+
+@dataclass(frozen=True)
+class Outer:
+    steps: int = 3
+    rate: float = 0.5
+    flip: bool = False
+    name: str = "x"
+    mode: Literal["graph", "adjoint"] = "graph"
+    batch: int | None = None
+    label: str | None = "y"
+    sizes: tuple[int, ...] = (1, 2)
+    rates: tuple[float, ...] | None = None
+    pair: tuple[int, int] = (1, 2)
+    net: Inner = field(default_factory=Inner)
+    nets: tuple[Inner, ...] = ()
+    foreign: object = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise UserError("steps must not be negative")
+
+
+@everything
+def test_every_default_survives_json(what: str, name: str) -> None:
+    value = ROOMS[what].find(name)()
+    assert restore(json.loads(json.dumps(describe(value)))) == value
+
+
+@everything
+def test_every_plain_setting_can_be_overridden_with_its_own_text(what: str, name: str) -> None:
+    value: Any = ROOMS[what].find(name)()
+    for path, item in settings_of(value).items():
+        if isinstance(item, tuple) and item and not isinstance(item[0], str | int | float):
+            continue  # settings objects: refused with words, below
+        text = ",".join(map(str, item)) if isinstance(item, tuple) else str(item)
+        assert override(value, [f"{path}={text}"]) == value
+
+
+@everything
+def test_a_changed_setting_survives_json(what: str, name: str) -> None:
+    value: Any = ROOMS[what].find(name)()
+    if "net.width" in settings_of(value):
+        value = override(value, ["net.width=7"])
+        again = restore(json.loads(json.dumps(describe(value))))
+        assert again == value
+        assert again.net.width == 7
+
+
+def test_describe_names_the_class_and_nests() -> None:
+    assert describe(MLP(1, 2)) == {"is": "distillens.nets.mlp.MLP", "depth": 1, "width": 2}
+    assert describe((1, 2.5, None, True, "a")) == [1, 2.5, None, True, "a"]
+    assert describe({"a": Key(1).fold("x", 2)}) == {"a": {"is": "key", "key": [1, "x", 2]}}
+
+
+def test_restore_gives_tuples_mappings_and_keys() -> None:
+    value = {"a": (1, (2, "b")), "k": Key(1).fold("x", 2), "n": MLP(1, 2), "none": None}
+    assert restore(json.loads(json.dumps(describe(value)))) == value
+
+
+@pytest.mark.parametrize("value", [object(), {1, 2}, 1j, b"x", Inner])
+def test_what_json_cannot_hold_is_not_a_setting(value: Any) -> None:
+    with pytest.raises(TypeError, match="a setting of type .* cannot be written as JSON"):
+        describe(value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "subprocess.Popen",
+        "os.system",
+        "builtins.eval",
+        "distillens.nowhere.Recipe",
+        "distillens.core.recipe.Recipes",
+        "distillens.core.recipe.Recipe.but",
+        "distillens.core.recipe.replace",
+        "distillens.core.recipe.OPTIMISERS",
+        "distillens.core.checks.UserError",
+        "distillens.Recipe",
+        "distillensx.core.Recipe",
+        "distillens..core.recipe.Recipe",
+        "Recipe",
+        "",
+        None,
+        3,
+    ],
+)
+def test_restore_refuses_what_is_not_a_class_of_settings(name: Any) -> None:
+    with pytest.raises(UserError, match=r"unknown settings; got .*; expected a class of distillens"):
+        restore({"is": name})
+
+
+def test_restore_refuses_classes_outside_the_package() -> None:
+    with pytest.raises(UserError, match="expected a class of distillens"):
+        restore(describe(Inner()))
+
+
+def test_restore_refuses_a_foreign_class_that_one_of_our_modules_imports(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(recipe_module, "Inner", Inner, raising=False)
+    with pytest.raises(UserError, match="expected a class of distillens"):
+        restore({"is": "distillens.core.recipe.Inner"})
+
+
+def test_restore_suggests_the_field_that_was_meant() -> None:
+    with pytest.raises(
+        UserError, match="unknown setting of MLP 'widht'; Did you mean 'width'. Known: depth, width"
+    ):
+        restore({"is": "distillens.nets.mlp.MLP", "widht": 3})
+
+
+def test_restore_checks_the_values() -> None:
+    with pytest.raises(UserError, match="recipe: lr must be above 0"):
+        restore({**describe(Recipe()), "lr": -1.0})
+    with pytest.raises(UserError, match="settings do not fit Recipe; got must be real number, not str"):
+        restore({**describe(Recipe()), "lr": "fast"})
+
+
+@pytest.mark.parametrize(
+    ("assignment", "changes"),
+    [
+        ("steps=500", {"steps": 500}),
+        ("steps=0", {"steps": 0}),
+        (" steps = 5 ", {"steps": 5}),
+        ("rate=1e-3", {"rate": 1e-3}),
+        ("rate=2", {"rate": 2.0}),
+        ("flip=true", {"flip": True}),
+        ("flip=1", {"flip": True}),
+        ("flip=yes", {"flip": True}),
+        ("flip=False", {"flip": False}),
+        ("flip=off", {"flip": False}),
+        ("name=7", {"name": "7"}),
+        ("name=a=b", {"name": "a=b"}),
+        ("name=", {"name": ""}),
+        ("name=none", {"name": "none"}),
+        ("mode=adjoint", {"mode": "adjoint"}),
+        ("batch=64", {"batch": 64}),
+        ("batch=none", {"batch": None}),
+        ("batch=None", {"batch": None}),
+        ("label=none", {"label": None}),
+        ("label=z", {"label": "z"}),
+        ("sizes=3,4,5", {"sizes": (3, 4, 5)}),
+        ("sizes=3, 4 5", {"sizes": (3, 4, 5)}),
+        ("sizes=3", {"sizes": (3,)}),
+        ("sizes=", {"sizes": ()}),
+        ("rates=1,0.5", {"rates": (1.0, 0.5)}),
+        ("rates=none", {"rates": None}),
+        ("pair=3,4", {"pair": (3, 4)}),
+        ("net.width=64", {"net": Inner(width=64)}),
+        ("net.norm=none", {"net": Inner(norm="none")}),
+    ],
+)
+def test_text_becomes_the_type_of_the_field(assignment: str, changes: dict[str, Any]) -> None:
+    got = override(Outer(), [assignment])
+    assert got == replace(Outer(), **changes)
+    name = next(iter(changes))
+    assert type(getattr(got, name)) is type(changes[name])
+
+
+def test_assignments_follow_one_another() -> None:
+    got = override(Outer(), ["net.width=1", "steps=2", "net.width=3", "net.norm=none"])
+    assert got == Outer(steps=2, net=Inner(3, "none"))
+
+
+def test_no_assignment_changes_nothing() -> None:
+    value = Outer()
+    assert override(value, []) is value
+
+
+def test_the_value_itself_is_left_alone() -> None:
+    value = Outer()
+    override(value, ["steps=9", "net.width=9"])
+    assert value == Outer()
+
+
+def test_the_field_may_be_a_contract() -> None:
+    value = override(distillers.room.find("dm")(), ["net.width=64", "net.norm=none", "steps=5"])
+    assert value.net == ConvNet(width=64, norm="none")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("stesp=5", "unknown setting of outer 'stesp'; Did you mean 'steps'? Known: batch, flip, foreign, "),
+        ("net.widht=5", "unknown setting of inner 'widht'; Did you mean 'width'? Known: norm, width"),
+        ("zzz=5", "unknown setting of outer 'zzz'; Known: "),
+        ("steps=many", "setting 'steps' does not fit; got 'many'; expected Input should be a valid integer"),
+        ("steps=1.5", "setting 'steps' does not fit; got '1.5'; expected Input should be a valid integer"),
+        ("steps=none", "setting 'steps' does not fit; got 'none'; expected Input should be a valid integer"),
+        ("rate=fast", "setting 'rate' does not fit; got 'fast'; expected Input should be a valid number"),
+        ("flip=maybe", "setting 'flip' does not fit; got 'maybe'; expected Input should be a valid boolean"),
+        (
+            "mode=both",
+            "setting 'mode' does not fit; got 'both'; expected Input should be 'graph' or 'adjoint'",
+        ),
+        (
+            "mode=none",
+            "setting 'mode' does not fit; got 'none'; expected Input should be 'graph' or 'adjoint'",
+        ),
+        (
+            "net.norm=layer",
+            "setting 'net.norm' does not fit; got 'layer'; expected Input should be 'group' or",
+        ),
+        ("sizes=1,x", "setting 'sizes' does not fit; got '1,x'; expected Input should be a valid integer"),
+        ("pair=1", "setting 'pair' does not fit; got '1'; expected "),
+        ("steps", "a setting is written NAME=VALUE; got 'steps'; --set steps=500, say"),
+        ("=5", "a setting is written NAME=VALUE; got '=5'; --set steps=500, say"),
+        ("", "a setting is written NAME=VALUE; got ''"),
+        ("net=mlp", "setting 'net' holds settings of its own; set one of net.width, net.norm"),
+        ("steps.more=1", "setting 'steps.more': 'steps' has no settings of its own; got 3"),
+        ("steps=-1", "steps must not be negative"),
+    ],
+)
+def test_what_does_not_fit_is_said_in_one_line(assignment: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        override(Outer(), [assignment])
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["mlp", "none"])
+def test_settings_that_text_cannot_hold_are_refused(text: str) -> None:
+    value = analyses.room.find("behaviour/recognition")()
+    with pytest.raises(UserError, match="setting 'judges' cannot be written as text; set it from Python"):
+        override(value, [f"judges={text}"])
+
+
+def test_settings_of_lists_what_can_be_set_with_dots() -> None:
+    assert settings_of(Outer(net=Inner(5))) == {
+        "steps": 3,
+        "rate": 0.5,
+        "flip": False,
+        "name": "x",
+        "mode": "graph",
+        "batch": None,
+        "label": "y",
+        "sizes": (1, 2),
+        "rates": None,
+        "pair": (1, 2),
+        "net.width": 5,
+        "net.norm": "group",
+        "nets": (),
+        "foreign": None,
+    }

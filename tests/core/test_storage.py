@@ -1,0 +1,219 @@
+"""Files are whole or absent, readable without running anything, and the same each time."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distillens.core.checks import UserError
+from distillens.core.storage import (
+    fingerprint,
+    read_json,
+    read_tensors,
+    write_bytes,
+    write_json,
+    write_tensors,
+)
+
+TENSORS = {
+    "double": torch.arange(6, dtype=torch.float64).reshape(2, 3) / 7,
+    "half": torch.tensor([0.5, -2.0], dtype=torch.float16),
+    "whole": torch.tensor([[1, -1]]),
+    "yes": torch.tensor([True, False]),
+    "bytes": torch.tensor([0, 255], dtype=torch.uint8),
+    "scalar": torch.tensor(3.0),
+    "empty": torch.zeros(0, 4),
+    "not finite": torch.tensor([float("inf"), float("nan")]),
+}
+
+
+def failing(number: int) -> Callable[..., Any]:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def test_bytes_are_written_into_new_folders(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "file"
+    write_bytes(path, b"one")
+    write_bytes(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOSPC, "the disk is full: free some space and run the command again"),
+        (errno.EDQUOT, "the disk quota is used up: free some space and run the command again"),
+        (errno.EROFS, "the file system is read-only: choose another folder with --to"),
+        (errno.EACCES, "there is no permission to write there: choose another folder with --to"),
+        (errno.EIO, os.strerror(errno.EIO)),
+    ],
+)
+@pytest.mark.parametrize("where", [(os, "fsync"), (Path, "replace"), (Path, "open")], ids=lambda w: w[1])
+def test_a_failing_write_leaves_the_earlier_file_and_nothing_else(
+    tmp_path: Path, where: tuple[Any, str], number: int, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"earlier")
+    with monkeypatch.context() as patch:
+        patch.setattr(*where, failing(number))
+        with pytest.raises(UserError) as error:
+            write_bytes(path, b"later")
+    assert str(error.value).startswith(f"cannot write {path}; {advice}")
+    assert path.read_bytes() == b"earlier"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("inside", ["file/new", "file/folder/new"])
+def test_a_file_where_a_folder_should_be_is_named(tmp_path: Path, inside: str) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(
+        UserError,
+        match=r"cannot write .*new; a part of the path is a file, not a folder: choose another folder with --to",
+    ):
+        write_bytes(tmp_path / inside, b"x")
+
+
+def test_an_interrupted_write_leaves_nothing_at_the_name(tmp_path: Path) -> None:
+    """A reader that looks while a file is being written sees no file, or the earlier one."""
+    seen: list[list[str]] = []
+    replace = Path.replace
+
+    def looking(self: Path, target: Path) -> None:
+        seen.append([p.name for p in tmp_path.iterdir() if p.name == "file"])
+        replace(self, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "replace", looking)
+        write_bytes(tmp_path / "file", b"x")
+    assert seen == [[]]
+    assert (tmp_path / "file").read_bytes() == b"x"
+
+
+def test_json_comes_back_and_its_bytes_do_not_depend_on_order(tmp_path: Path) -> None:
+    value = {"b": [1, 2.5, None, True, "é"], "a": {"y": 1e-300, "x": "\n"}}
+    write_json(tmp_path / "first", value)
+    write_json(tmp_path / "second", {"a": {"x": "\n", "y": 1e-300}, "b": value["b"]})
+    assert read_json(tmp_path / "first") == value
+    assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
+
+
+@pytest.mark.parametrize("value", [float("nan"), [float("inf")]])
+def test_numbers_that_json_cannot_hold_are_not_written(tmp_path: Path, value: Any) -> None:
+    with pytest.raises(ValueError, match="Out of range float values"):
+        write_json(tmp_path / "file", value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_and_damaged_json_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    with pytest.raises(UserError, match=r"there is no file .*file.json"):
+        read_json(path)
+    for damaged in (b"", b'{"a": ', b"\xff\xfe\x00"):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"file.json is not valid JSON; got .+; make it again"):
+            read_json(path)
+
+
+def test_tensors_come_back_bit_by_bit(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "file", TENSORS, {"about": "é"})
+    tensors, metadata = read_tensors(tmp_path / "file")
+    assert metadata == {"about": "é"}
+    assert tensors.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        assert tensors[name].dtype == tensor.dtype
+        torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=0, equal_nan=True)
+
+
+def test_no_metadata_is_an_empty_mapping(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "file", TENSORS)
+    assert read_tensors(tmp_path / "file")[1] == {}
+
+
+def test_the_same_tensors_are_the_same_bytes(tmp_path: Path) -> None:
+    base = torch.arange(12.0).reshape(3, 4)
+    write_tensors(tmp_path / "first", {"a": base, "b": base.T, "c": base[1:]}, {"about": "x"})
+    again = {"c": base[1:].clone(), "b": base.T.contiguous(), "a": base.clone().requires_grad_()}
+    write_tensors(tmp_path / "second", again, {"about": "x"})
+    assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
+    assert torch.equal(read_tensors(tmp_path / "first")[0]["b"], base.T)
+
+
+def test_a_file_of_tensors_that_is_missing_or_damaged_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "file.safetensors"
+    with pytest.raises(UserError, match=r"there is no file .*file.safetensors"):
+        read_tensors(path)
+    write_tensors(path, TENSORS)
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:10], whole[:-1], b"\0" * 100, b"\x80\x04" + whole):
+        path.write_bytes(damaged)
+        with pytest.raises(
+            UserError, match=r"file.safetensors is not a whole safetensors file; got .+; make it again"
+        ):
+            read_tensors(path)
+
+
+def test_a_fingerprint_is_a_sha_256_of_parts_in_order() -> None:
+    a, b = torch.zeros(2), torch.ones(2)
+    assert len(fingerprint(a)) == 64
+    assert fingerprint(a, b) == fingerprint(a.clone(), b.clone()) != fingerprint(b, a)
+    assert fingerprint({"x": 1, "y": 2}) == fingerprint({"y": 2, "x": 1})
+
+
+def test_a_fingerprint_does_not_depend_on_the_process() -> None:
+    program = (
+        "import torch; from distillens.core.storage import fingerprint;"
+        "print(fingerprint(torch.arange(6.0).reshape(2, 3), 'a', {'x': [1, 'y'], 'b': None}, b'c'))"
+    )
+    here = fingerprint(torch.arange(6.0).reshape(2, 3), "a", {"x": [1, "y"], "b": None}, b"c")
+    there = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONHASHSEED": "7"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert there.stdout.strip() == here
+
+
+def test_different_parts_have_different_fingerprints() -> None:
+    parts: list[tuple[Any, ...]] = [
+        (),
+        (torch.zeros(4),),
+        (torch.zeros(2, 2),),
+        (torch.zeros(4, dtype=torch.int32),),  # the same bytes
+        (torch.zeros(2, dtype=torch.float64),),
+        (torch.zeros(2), torch.zeros(2)),
+        (-torch.zeros(4),),
+        (torch.zeros(0),),
+        (torch.zeros(0, 3),),
+        (torch.tensor(0.0),),
+        ("a", "b"),
+        ("ab",),
+        (["a", "b"],),
+        ("1",),
+        (1,),
+        (1.5,),
+        (None,),
+        (True,),
+        (b"a",),
+        (b"a", b"b"),
+    ]
+    assert len({fingerprint(*part) for part in parts}) == len(parts)
+
+
+def test_a_fingerprint_reads_values_not_memory_layout() -> None:
+    base = torch.arange(6.0).reshape(2, 3)
+    assert fingerprint(base.T) == fingerprint(base.T.contiguous()) != fingerprint(base)
+    assert fingerprint(base.clone().requires_grad_()) == fingerprint(base)
