@@ -286,15 +286,17 @@ class DistilledDataset:
 
 
 def preview(data: Dataset, limit: int = 1000) -> bytes:
-    """A PNG of the images in natural colours, a row a class, cut to [0, 1]."""
+    """A PNG of the images in natural colours, cut to [0, 1]: a row a class, or one row where each class has one."""
     from PIL import Image
 
     pixels = data.pixels()[:limit].clamp(0, 1).cpu()
     hard = data.labels.hard()[:limit].cpu()
     rows = [(hard == c).nonzero().flatten().tolist() for c in range(data.k)]
+    if max(map(len, rows)) == 1:
+        rows = [[i for row in rows for i in row]]
     columns = max(1, max(len(row) for row in rows))
     c, h, w = data.shape
-    canvas = torch.ones(3, data.k * (h + 1) + 1, columns * (w + 1) + 1)
+    canvas = torch.ones(3, len(rows) * (h + 1) + 1, columns * (w + 1) + 1)
     for r, row in enumerate(rows):
         for column, i in enumerate(row):
             shown = pixels[i] if c == 3 else pixels[i].mean(0, keepdim=True).expand(3, h, w)

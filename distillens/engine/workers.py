@@ -6,11 +6,13 @@ import contextlib
 import ctypes
 import io
 import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -171,15 +173,24 @@ def _run(packed: bytes) -> Any:
 
 def _begin(threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     settle_process()
+
+
+def _end_with_parent() -> None:
+    """Wait for the parent's end, however it came, and end at once: an orphan would hold its memory for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def settle_process() -> None:
     """Settings for a process that is ours (the command, its workers), never made by an import.
 
     glibc gives large blocks back to the system and faults them in again at every step, which costs more than
-    the arithmetic of a small network; here it keeps them. A worker also ends when its parent does.
+    the arithmetic of a small network; here it keeps them.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -187,8 +198,6 @@ def settle_process() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block by mmap
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never trim
-        if multiprocessing.parent_process() is not None:
-            libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 @contextlib.contextmanager

@@ -88,7 +88,7 @@ def test_restore_gives_tuples_mappings_and_keys() -> None:
 
 @pytest.mark.parametrize("value", [object(), {1, 2}, 1j, b"x", Inner])
 def test_what_json_cannot_hold_is_not_a_setting(value: Any) -> None:
-    with pytest.raises(TypeError, match="a setting of type .* cannot be written as JSON"):
+    with pytest.raises(TypeError, match=r"a setting of type .* cannot be written as JSON"):
         describe(value)
 
 
@@ -133,7 +133,7 @@ def test_restore_refuses_a_foreign_class_that_one_of_our_modules_imports(
 
 def test_restore_suggests_the_field_that_was_meant() -> None:
     with pytest.raises(
-        UserError, match="unknown setting of MLP 'widht'; Did you mean 'width'. Known: depth, width"
+        UserError, match=r"unknown setting of MLP 'widht'; Did you mean 'width'\? Known: depth, width"
     ):
         restore({"is": "distillens.nets.mlp.MLP", "widht": 3})
 

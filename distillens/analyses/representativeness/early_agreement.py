@@ -70,7 +70,7 @@ class EarlyAgreement:
                 early_recipe=Recipe(steps=150, batch=256),
                 subset=48,
                 subset_recipe=Recipe(steps=300, batch=256),
-                least_per_class=2,
+                least_per_class=1,
                 most_per_class=max(2, min(40, smallest)),
                 tolerance=0.02,
             )
@@ -294,8 +294,8 @@ class EarlyAgreementResult(Result):
         )
 
     def plot(self, ax: Axes) -> None:
-        """A dot a model of each pool, averaged over replicates, and the means."""
-        names = list(self.with_early)
+        """A dot a model of each pool, averaged over replicates, and the means; sets that could be compared."""
+        names = list(self.headline())
         for x, name in enumerate(names):
             for shift, table, marker in ((-0.16, self.with_early, "o"), (0.16, self.with_subset, "^")):
                 values = table[name].nanmean(0)

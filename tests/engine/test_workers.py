@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import pytest
+import torch
+
+from distillens.core.checks import UserError
+from distillens.core.rng import Key
+from distillens.core.storage import fingerprint
+from distillens.engine import workers
+from distillens.engine.workers import Engine, cores, pinned_threads
+
+# ---- jobs: workers import this file by its name, so the project's root must be on their path ----
+
+
+def numbers(seed: int) -> torch.Tensor:
+    """Work whose last bits depend on the threads and on any generator that was left set."""
+    random.random()
+    torch.rand(3)
+    draws = Key(seed).normal(64, 300)
+    return torch.linalg.svdvals(draws).cumsum(0) @ torch.ones(64)
+
+
+def total(tensor: torch.Tensor, row: int) -> tuple[float, int]:
+    return float(tensor[row].sum()), os.getpid()
+
+
+def large(n: int) -> torch.Tensor:
+    return torch.arange(n)
+
+
+def whose_and_threads(_: int) -> tuple[int, int]:
+    return os.getpid(), torch.get_num_threads()
+
+
+def dies_once(marker: str, number: int) -> int:
+    """Kills its worker at the first try of job 2."""
+    if number == 2 and not Path(marker).exists():
+        Path(marker).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 10 * number
+
+
+def always_dies(number: int) -> int:
+    if number == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def refuses(number: int) -> int:
+    if number == 3:
+        raise UserError("job 3 cannot be done", got="3", fix="leave it out")
+    return number
+
+
+def crashes(number: int) -> int:
+    return 1 // (number - 1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def importable() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[2])
+        # Importing torch once, before the workers part, spares each of them two seconds.
+        multiprocessing.get_context("forkserver").set_forkserver_preload(["distillens.train"])
+        yield
+
+
+@pytest.fixture(scope="module")
+def two(importable: None) -> Iterator[Engine]:
+    """Two workers that the tests share."""
+    with Engine(2) as engine:
+        yield engine
+
+
+def test_one_worker_is_this_process() -> None:
+    found = list(Engine(1).map(whose_and_threads, [(0,), (1,)]))
+    assert [index for index, _ in found] == [0, 1]
+    assert {who for _, (who, _) in found} == {os.getpid()}
+
+
+def test_a_single_job_starts_no_worker() -> None:
+    with Engine(2) as engine:
+        assert list(engine.map(whose_and_threads, [(0,)]))[0][1][0] == os.getpid()
+        assert list(engine.map(whose_and_threads, [])) == []
+
+
+def test_workers_are_other_processes_with_their_own_threads(two: Engine) -> None:
+    found = dict(two.map(whose_and_threads, [(i,) for i in range(12)]))
+    assert sorted(found) == list(range(12))
+    assert os.getpid() not in {who for who, _ in found.values()}
+    assert {threads for _, threads in found.values()} == {1}
+
+
+def test_two_workers_give_the_bytes_of_one(two: Engine) -> None:
+    jobs = [(seed,) for seed in range(9)]
+    inline = dict(Engine(1).map(numbers, jobs))
+    torch.manual_seed(3)
+    processes = dict(two.map(numbers, jobs))
+    assert [fingerprint(processes[i]) for i in range(9)] == [fingerprint(inline[i]) for i in range(9)]
+
+
+def test_jobs_are_not_packed_long_before_their_turn(two: Engine) -> None:
+    waiting = two.map(numbers, [(seed,) for seed in range(6)])
+    assert next(waiting)[0] in range(6)
+    waiting.close()  # a caller who has seen enough
+    assert two._pool is None
+    assert dict(two.map(refuses, [(0,), (1,)])) == {0: 0, 1: 1}
+
+
+def test_an_error_in_a_job_reaches_the_caller_and_the_engine_goes_on(two: Engine) -> None:
+    with pytest.raises(UserError) as error:
+        list(two.map(refuses, [(i,) for i in range(6)]))
+    assert str(error.value) == "job 3 cannot be done; got 3; leave it out"
+    with pytest.raises(ZeroDivisionError):
+        list(two.map(crashes, [(0,), (1,), (2,)]))
+    assert dict(two.map(refuses, [(0,), (1,)])) == {0: 0, 1: 1}
+
+
+def test_an_error_here_is_the_same_error() -> None:
+    done = []
+    with pytest.raises(UserError, match="job 3 cannot be done"):
+        done += [result for _, result in Engine(1).map(refuses, [(i,) for i in range(6)])]
+    assert torch.get_num_threads() == 1
+
+
+def test_a_worker_that_is_killed_has_its_jobs_run_again(two: Engine, tmp_path: Path) -> None:
+    jobs = [(str(tmp_path / "died"), number) for number in range(6)]
+    found = list(two.map(dies_once, jobs))
+    assert (tmp_path / "died").exists()
+    assert sorted(found) == [(i, 10 * i) for i in range(6)]  # each once
+
+
+def test_a_job_that_always_kills_its_worker_is_given_up(two: Engine) -> None:
+    with pytest.raises(BrokenProcessPool):
+        list(two.map(always_dies, [(0,), (1,)]))
+    assert dict(two.map(refuses, [(0,), (1,)])) == {0: 0, 1: 1}
+
+
+def test_a_large_tensor_is_written_once_and_read_by_all(
+    two: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "LARGE", 400)
+    tensor = Key(0).normal(20, 10)[:, ::2]  # not contiguous
+    jobs = [(tensor, row) for row in range(20)]
+    found = dict(two.map(total, jobs))
+    assert {row: found[row][0] for row in range(20)} == {
+        row: pytest.approx(float(tensor[row].sum())) for row in range(20)
+    }
+    spool = Path(two.spool(tensor)).parent
+    assert len(list(spool.iterdir())) == 1
+    small = Key(1).normal(3, 5)
+    assert dict(two.map(total, [(small, 0), (small, 1)]))[1][0] == float(small[1].sum())
+    assert len(list(spool.iterdir())) == 1  # what is small travels with its job
+    again = dict(two.map(total, jobs[:2]))
+    assert again[1][0] == found[1][0]
+    assert len(list(spool.iterdir())) == 1
+    two.close()
+    assert not spool.exists()
+
+
+def test_large_results_come_back(two: Engine) -> None:
+    found = dict(two.map(large, [(1 << 20,), (3,), (1 << 20,)]))
+    assert torch.equal(found[0], torch.arange(1 << 20))
+    assert torch.equal(found[1], torch.arange(3))
+
+
+def test_closing_ends_the_workers() -> None:
+    others = multiprocessing.active_children()
+    engine = Engine(2)
+    list(engine.map(whose_and_threads, [(0,), (1,)]))
+    mine = [child for child in multiprocessing.active_children() if child not in others]
+    assert mine and all(child.is_alive() for child in mine)
+    engine.close()
+    assert not [child for child in mine if child.is_alive()]
+    engine.close()  # once more is harmless
+
+
+@pytest.mark.parametrize(("given", "message"), [((0, 1), "workers"), ((1, 0), "threads")])
+def test_an_engine_has_at_least_one_worker_and_thread(given: tuple[int, int], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        Engine(*given)
+    assert str(error.value) == f"engine: {message} must be at least 1; got 0"
+
+
+def test_threads_are_pinned_for_a_while() -> None:
+    before = torch.get_num_threads()
+    with pinned_threads(before + 2):
+        assert torch.get_num_threads() == before + 2
+        with pinned_threads(before + 1):
+            assert torch.get_num_threads() == before + 1
+        assert torch.get_num_threads() == before + 2
+    assert torch.get_num_threads() == before
+    with pytest.raises(RuntimeError, match="on the way"), pinned_threads(before + 1):
+        raise RuntimeError("on the way")
+    assert torch.get_num_threads() == before
+
+
+def test_jobs_here_have_the_engines_threads_and_the_caller_its_own() -> None:
+    for _, (_, threads) in Engine(1, 3).map(whose_and_threads, [(0,), (1,)]):
+        assert threads == 3
+        assert torch.get_num_threads() == 1
+
+
+def test_cores_are_those_this_process_may_use() -> None:
+    assert 1 <= cores() <= (os.cpu_count() or 1)
