@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from distillens import pipeline
-from distillens.engine.workers import cores
+from distillens.engine.plan import cores
 
 
 def environment() -> dict[str, Any]:

@@ -24,8 +24,8 @@ from distillens.core.result import Result
 from distillens.core.rng import Key
 from distillens.core.storage import read_json, write_json
 from distillens.data import load, sources
-from distillens.engine.plan import Plan
-from distillens.engine.workers import Engine, cores, pinned_threads
+from distillens.engine.plan import Plan, cores
+from distillens.engine.workers import Engine, pinned_threads
 from distillens.evaluation import protocol as protocols
 from distillens.evaluation.accuracy import Accuracy
 from distillens.report import write
@@ -126,10 +126,11 @@ def distill(
     """
     real = (load(data) if isinstance(data, str) else data).to(check_device(device))
     wanted = order(method, real, ipc, settings=settings, seed=seed, replicate=replicate)
-    with session(real, to.parent / f".{to.name}.store" if to else None, device=device) as runs:
+    store = to.parent / f".{to.name}.store" if to else None
+    with session(real, store, plan=Plan.resolve(real.train), device=device) as runs:
         done = make(wanted, real, runs, to, force=force, tell=tell)
-    if to is not None:
-        _remove(to.parent / f".{to.name}.store")
+    if store is not None:
+        _remove(store)
     return done
 
 
@@ -273,13 +274,18 @@ def check_device(name: str) -> torch.device:
 
 @contextmanager
 def session(
-    real: Splits, store: Path | None = None, *, workers: int | None = None, device: str = "cpu"
+    real: Splits,
+    store: Path | None = None,
+    *,
+    plan: Plan | None = None,
+    workers: int | None = None,
+    device: str = "cpu",
 ) -> Iterator[Runs]:
     """A store of runs with an engine that fits the data and the machine; ends its workers on the way out.
 
     The threads of the plan hold for this process too meanwhile: their number is part of what settles the last bits.
     """
-    plan = Plan.resolve(real.train)
+    plan = plan or Plan.resolve(real.train, cores())
     if workers is None:
         workers = max(1, cores() // plan.threads) if torch.device(device).type == "cpu" else 1
     with pinned_threads(plan.threads), Engine(workers, plan.threads) as engine:

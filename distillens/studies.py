@@ -17,7 +17,7 @@ from distillens.core.contracts import Distiller, Problem, Sets
 from distillens.core.dataset import Splits
 from distillens.core.result import Result
 from distillens.core.storage import write_json
-from distillens.engine.plan import Plan
+from distillens.engine.plan import Plan, cores
 from distillens.engine.workers import pinned_threads
 from distillens.evaluation import protocol as protocols
 from distillens.evaluation.accuracy import Accuracy
@@ -170,7 +170,7 @@ def design(
         seed,
         protocol,
         tuple(settings),
-        Plan.resolve(real.train),
+        Plan.resolve(real.train, cores()),
     )
     for size in study.ipc:
         study.questions(size)
@@ -278,7 +278,7 @@ def study(
     if page.is_file():
         announce(f"nothing to do: {page} is finished (--force does it again)")
         return page
-    with session(wanted.real, to / "store", workers=workers, device=device) as runs:
+    with session(wanted.real, to / "store", plan=wanted.plan, workers=workers, device=device) as runs:
         cost = forecast(wanted, runs.engine.workers)
         announce(f"{cost.text()} ({runs.engine.workers} worker{'s' if runs.engine.workers > 1 else ''})")
         begun = time.monotonic()

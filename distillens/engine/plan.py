@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,7 +47,17 @@ class Plan:
         return max(1, min(self.chunk, 128 // max(batch, 1)))
 
     @staticmethod
-    def resolve(like: Like) -> Plan:
-        """The plan for such images: stacked with one thread a worker when small, else one at a time."""
-        small = like.shape[1] * like.shape[2] <= 256
-        return Plan() if small else Plan("loop", 1, max(1, torch.get_num_threads()))
+    def resolve(like: Like, jobs: int = 1) -> Plan:
+        """The plan for such images and so many jobs at a time.
+
+        Small images are stacked, one thread a worker. Large ones are trained one at a time; the cores are shared
+        out among the jobs, for one thread each in many processes beats many threads in one.
+        """
+        if like.shape[1] * like.shape[2] <= 256:
+            return Plan()
+        return Plan("loop", 1, max(1, cores() // max(1, jobs)))
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -15,7 +15,8 @@ from distillens.core.checks import UserError
 from distillens.core.rng import Key
 from distillens.core.storage import fingerprint
 from distillens.engine import workers
-from distillens.engine.workers import Engine, cores, pinned_threads
+from distillens.engine.plan import cores
+from distillens.engine.workers import Engine, pinned_threads
 
 # ---- jobs: workers import this file by its name, so the project's root must be on their path ----
 
