@@ -1,11 +1,21 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 import distillens
 from distillens.core.dataset import Splits
 from distillens.core.rng import Key
 from distillens.data.planted import planted as make_planted
+from distillens.engine.workers import pinned_threads
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny work is slower on two threads than on one, much slower where the cores are shared."""
+    with pinned_threads(1):
+        yield
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ class Estimate:
         """
         plain = Estimate.mean(values, unit, level)
         low, high = max(plain.low, 0.0), min(plain.high, 1.0)
-        if plain.n > 1 and min(values) == max(values):  # the interval itself may be a rounding error wide
+        if min(values) == max(values):  # the interval itself may be a rounding error wide
             from scipy.stats import binomtest
 
             total = trials * plain.n

@@ -52,7 +52,7 @@ class DM:
 
     @classmethod
     def defaults(cls, like: Dataset, ipc: int) -> DM:
-        """The authors' values; on digits' scale fewer steps, and the augmentations that keep a digit one."""
+        """The authors' values; on digits' scale fewer steps and no augmentation."""
         net = ConvNet.defaults(like)
         if small(like):
             return cls(steps=300, lr_img=1.0, batch_real=64, augment="", net=net)

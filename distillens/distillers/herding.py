@@ -57,10 +57,11 @@ class Herding:
         check_per_class(problem.real, problem.ipc)
         embedding: Population = problem.inputs["embedding"]
         params = embedding.shapes.unflatten(embedding.final[0])
+        buffers = {name: value[0] for name, value in embedding.buffers.items()}
         chosen = []
         for members in problem.by_class:
             with torch.no_grad():
-                features = self.net.features(params, {}, problem.real.images[members])[0].double()
+                features = self.net.features(params, buffers, problem.real.images[members])[0].double()
             chosen.append(members[herd(features, problem.ipc)])
         return State({"index": torch.cat(chosen)})
 

@@ -83,16 +83,17 @@ class MTT:
         """The authors' CIFAR-10 rows by images a class (1, 10, 50); on digits' scale a short version."""
         net = ConvNet.defaults(like)
         if small(like):
+            # Few images match the start of training, more match further on (as DATM finds at larger scale).
+            early = ipc < 5
             return cls(
                 steps=60,
                 syn_steps=20,
-                expert_epochs=2,
-                max_start_epoch=4,
+                max_start_epoch=4 if early else 8,
                 lr_img=50.0,
                 lr_lr=1e-4,
-                lr_start=0.05,
+                lr_start=0.05 if early else 0.1,
                 experts=4,
-                expert_lr=0.05,
+                expert_lr=0.05 if early else 0.1,
                 expert_batch=64,
                 augment="",
                 mode="graph",

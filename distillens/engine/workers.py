@@ -24,7 +24,7 @@ from typing import Any, Self
 import torch
 from safetensors.torch import load_file
 
-from distillens.core.checks import at_least
+from distillens.core.checks import UserError, at_least
 from distillens.core.storage import write_tensors
 
 LARGE = 1 << 22  # bytes from which a tensor travels once, by file, instead of with every job
@@ -96,7 +96,10 @@ class Engine:
                         for again in lost:
                             tries[again] += 1
                             if tries[again] >= TRIES:
-                                raise
+                                raise UserError(
+                                    f"a worker process was killed {TRIES} times at the same work",
+                                    fix="most likely for want of memory: use fewer --workers, or smaller settings",
+                                ) from None
                         todo += sorted(lost, reverse=True)
                         break
         except BaseException:
@@ -105,9 +108,9 @@ class Engine:
 
     def _submit(self, packed: bytes) -> Future[Any]:
         if self._pool is None:
-            self._pool = ProcessPoolExecutor(
-                self.workers, multiprocessing.get_context("forkserver"), _begin, (self.threads,)
-            )
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["distillens.train"])  # workers fork with torch at hand
+            self._pool = ProcessPoolExecutor(self.workers, context, _begin, (self.threads,))
         try:
             return self._pool.submit(_run, packed)
         except BrokenProcessPool:

@@ -21,8 +21,9 @@ from distillens.core.artefact import DistilledDataset, Provenance
 from distillens.core.checks import UserError
 from distillens.core.config import describe, override, restore, settings_of
 from distillens.core.contracts import Distiller, Log, Problem, State
-from distillens.core.dataset import Dataset, Splits, same_space
+from distillens.core.dataset import Dataset, Splits
 from distillens.core.rng import Key
+from distillens.core.space import same_space
 from distillens.core.storage import fingerprint, read_json
 from distillens.data.planted import planted
 from distillens.engine.plan import Plan

@@ -12,7 +12,7 @@ import torch
 
 from distillens.core.checks import UserError
 from distillens.core.dataset import Dataset, Splits, check_per_class, stratified
-from distillens.core.labels import Hard, Labels, Logits, Probabilities
+from distillens.core.labels import Hard, Labels, Logits, Probabilities, Teacher
 from distillens.core.rng import Key
 from distillens.core.space import Pixel, Space, Standardised
 
@@ -31,7 +31,7 @@ def dataset(n: int = 6, **changes: Any) -> Dataset:
     return Dataset(**{**parts, **changes})
 
 
-def broken(index: tuple[int, ...], value: float) -> torch.Tensor:
+def broken(index: tuple[int | slice, ...], value: float) -> torch.Tensor:
     images = torch.zeros(6, 1, 2, 3)
     images[index] = value
     return images
@@ -64,6 +64,10 @@ def broken(index: tuple[int, ...], value: float) -> torch.Tensor:
         (
             {"images": broken((2,), math.inf)},
             "1 images hold numbers that are not finite; got image 2, the first",
+        ),
+        (
+            {"images": broken((slice(1, 6, 2), 0, 0, 0), -math.inf)},
+            "3 images hold numbers that are not finite; got image 1, the first",
         ),
     ],
 )
@@ -126,6 +130,12 @@ def test_the_fingerprint_changes_with_any_part(changes: dict[str, Any]) -> None:
 def test_kinds_of_label_with_the_same_numbers_have_their_own_fingerprints() -> None:
     values = torch.eye(3)[torch.arange(6) % 3]
     prints = {dataset(labels=make(values)).fingerprint for make in (Probabilities, Logits)}
+    assert len(prints) == 2
+
+
+def test_the_temperature_of_a_teacher_changes_the_fingerprint() -> None:
+    views = torch.zeros(2, 6, 3)
+    prints = {dataset(labels=Teacher("r", views, 0, t)).fingerprint for t in (1.0, 2.0)}
     assert len(prints) == 2
 
 
@@ -241,6 +251,7 @@ def test_splits_have_a_space_and_a_fingerprint() -> None:
     assert splits.fingerprint == Splits(large, small, small, "elsewhere").fingerprint
     assert splits.fingerprint != Splits(small, large, small).fingerprint
     assert Splits(large, large, small).fingerprint != Splits(large, small, large).fingerprint
+    assert Splits(large, small, large).fingerprint != splits.fingerprint
 
 
 def test_splits_change_units_together() -> None:

@@ -50,9 +50,9 @@ def test_every_recipe_survives_json(optimiser: Any, schedule: Any) -> None:
 
 
 def test_but_changes_what_is_named_and_checks_it() -> None:
-    recipe = Recipe()
+    recipe = Recipe(steps=5, augment="flip")
     changed = recipe.but(lr=0.5, batch=8)
-    assert (changed.lr, changed.batch) == (0.5, 8)
+    assert (changed.lr, changed.batch, changed.steps, changed.augment) == (0.5, 8, 5, "flip")
     assert changed.but(lr=recipe.lr, batch=recipe.batch) == recipe
     with pytest.raises(UserError, match="recipe: lr must be above 0"):
         recipe.but(lr=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -72,20 +73,23 @@ def test_an_unknown_name_gets_a_suggestion(room: Room[object], name: str, messag
 
 
 @pytest.fixture
-def planted_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Room[type]:
+def planted_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Room[type]]:
     """A package with a method of two words, a private file, and a folder of its own."""
     package = tmp_path / "planted_room"
     (package / "question").mkdir(parents=True)
     (package / "__init__.py").touch()
     (package / "question" / "__init__.py").touch()
-    source = "from dataclasses import dataclass\nfrom {} import {}\n@dataclass\nclass {}:\n    pass\n"
     (package / "two_words.py").write_text(
         "from dataclasses import dataclass\n"
         "class Helper: pass\n"
-        "@dataclass\nclass Other: pass\n"
+        "@dataclass\nclass Borrower: pass\n"
         "@dataclass\nclass TwoWords: pass\n"
     )
-    (package / "borrower.py").write_text(source.format("planted_room.two_words", "TwoWords", "Borrower"))
+    (package / "borrower.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from planted_room.two_words import Borrower as Theirs\n"
+        "@dataclass\nclass Borrower(Theirs): pass\n"
+    )
     (package / "_private.py").write_text("raise AssertionError('imported')\n")
     (package / "broken.py").write_text("raise AssertionError('imported')\n")
     (package / "question" / "answer.py").write_text(
@@ -102,5 +106,5 @@ def planted_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Room[type]:
 def test_a_new_file_is_found_by_being_there(planted_room: Room[type]) -> None:
     assert planted_room.names() == ["borrower", "broken", "question/answer", "two_words"]
     assert planted_room.find("two_words").__name__ == "TwoWords"
-    assert planted_room.find("borrower").__name__ == "Borrower"
+    assert planted_room.find("borrower").__module__ == "planted_room.borrower"
     assert planted_room.find("question/answer").__module__ == "planted_room.question.answer"

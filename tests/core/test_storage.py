@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from distillens.core.checks import UserError
 from distillens.core.storage import (
@@ -139,6 +140,8 @@ def test_tensors_come_back_bit_by_bit(tmp_path: Path) -> None:
 def test_no_metadata_is_an_empty_mapping(tmp_path: Path) -> None:
     write_tensors(tmp_path / "file", TENSORS)
     assert read_tensors(tmp_path / "file")[1] == {}
+    save_file({"a": torch.ones(2)}, tmp_path / "theirs")
+    assert read_tensors(tmp_path / "theirs")[1] == {}
 
 
 def test_the_same_tensors_are_the_same_bytes(tmp_path: Path) -> None:
@@ -204,6 +207,8 @@ def test_different_parts_have_different_fingerprints() -> None:
         (["a", "b"],),
         ("1",),
         (1,),
+        (1, 5),
+        (15,),
         (1.5,),
         (None,),
         (True,),

@@ -4,8 +4,8 @@ import multiprocessing
 import os
 import random
 import signal
+import time
 from collections.abc import Iterator
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from distillens.engine import workers
 from distillens.engine.plan import cores
 from distillens.engine.workers import Engine, pinned_threads
 
-# ---- jobs: workers import this file by its name, so the project's root must be on their path ----
+# ---- jobs ----
 
 
 def numbers(seed: int) -> torch.Tensor:
@@ -41,10 +41,16 @@ def whose_and_threads(_: int) -> tuple[int, int]:
     return os.getpid(), torch.get_num_threads()
 
 
-def dies_once(marker: str, number: int) -> int:
-    """Kills its worker at the first try of job 2."""
-    if number == 2 and not Path(marker).exists():
-        Path(marker).touch()
+def dies_once(folder: str, number: int) -> int:
+    """At the first try job 2 kills its worker while job 1 still runs beside it."""
+    here = Path(folder)
+    if number == 1 and not (here / "begun").exists():
+        (here / "begun").touch()
+        time.sleep(60)  # ended by the engine
+    if number == 2 and not (here / "died").exists():
+        while not (here / "begun").exists():
+            time.sleep(0.01)
+        (here / "died").touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return 10 * number
 
@@ -65,17 +71,8 @@ def crashes(number: int) -> int:
     return 1 // (number - 1)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def importable() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[2])
-        # Importing torch once, before the workers part, spares each of them two seconds.
-        multiprocessing.get_context("forkserver").set_forkserver_preload(["distillens.train"])
-        yield
-
-
 @pytest.fixture(scope="module")
-def two(importable: None) -> Iterator[Engine]:
+def two(jobs_can_be_imported: None) -> Iterator[Engine]:
     """Two workers that the tests share."""
     with Engine(2) as engine:
         yield engine
@@ -89,8 +86,9 @@ def test_one_worker_is_this_process() -> None:
 
 def test_a_single_job_starts_no_worker() -> None:
     with Engine(2) as engine:
-        assert list(engine.map(whose_and_threads, [(0,)]))[0][1][0] == os.getpid()
+        assert list(engine.map(whose_and_threads, [(0,)])) == [(0, (os.getpid(), 1))]
         assert list(engine.map(whose_and_threads, [])) == []
+        assert engine._pool is None
 
 
 def test_workers_are_other_processes_with_their_own_threads(two: Engine) -> None:
@@ -108,10 +106,10 @@ def test_two_workers_give_the_bytes_of_one(two: Engine) -> None:
     assert [fingerprint(processes[i]) for i in range(9)] == [fingerprint(inline[i]) for i in range(9)]
 
 
-def test_jobs_are_not_packed_long_before_their_turn(two: Engine) -> None:
+def test_a_caller_who_has_seen_enough_ends_the_workers(two: Engine) -> None:
     waiting = two.map(numbers, [(seed,) for seed in range(6)])
     assert next(waiting)[0] in range(6)
-    waiting.close()  # a caller who has seen enough
+    waiting.close()
     assert two._pool is None
     assert dict(two.map(refuses, [(0,), (1,)])) == {0: 0, 1: 1}
 
@@ -133,21 +131,18 @@ def test_an_error_here_is_the_same_error() -> None:
 
 
 def test_a_worker_that_is_killed_has_its_jobs_run_again(two: Engine, tmp_path: Path) -> None:
-    jobs = [(str(tmp_path / "died"), number) for number in range(6)]
-    found = list(two.map(dies_once, jobs))
+    found = list(two.map(dies_once, [(str(tmp_path), number) for number in range(6)]))
     assert (tmp_path / "died").exists()
     assert sorted(found) == [(i, 10 * i) for i in range(6)]  # each once
 
 
 def test_a_job_that_always_kills_its_worker_is_given_up(two: Engine) -> None:
-    with pytest.raises(BrokenProcessPool):
+    with pytest.raises(UserError, match="a worker process was killed 3 times at the same work"):
         list(two.map(always_dies, [(0,), (1,)]))
     assert dict(two.map(refuses, [(0,), (1,)])) == {0: 0, 1: 1}
 
 
-def test_a_large_tensor_is_written_once_and_read_by_all(
-    two: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_large_tensor_is_written_once_and_read_by_all(two: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "LARGE", 400)
     tensor = Key(0).normal(20, 10)[:, ::2]  # not contiguous
     jobs = [(tensor, row) for row in range(20)]

@@ -583,3 +583,26 @@ def test_herding_looks_at_the_features_of_a_network_trained_on_the_real_data() -
     assert index.tolist() == expected
     assert isinstance(data.labels, Hard)
     assert data.labels.index[index].tolist() == [0, 0, 1, 1, 2, 2]
+
+
+@dataclass(frozen=True)
+class Weighted(Identity):
+    """Pixels under a mask that is remembered, not learned: features need the buffers."""
+
+    def features(
+        self, params: Params, buffers: Buffers, x: torch.Tensor, mode: Mode = "evaluate"
+    ) -> tuple[torch.Tensor, Buffers]:
+        return x.flatten(1) * buffers["mask"], buffers
+
+
+def test_herding_takes_the_buffers_of_the_embedding() -> None:
+    data = fine()
+    mask = torch.zeros(2, CHANNELS * 96, dtype=torch.float64)
+    mask[0, 5] = 1  # one pixel settles the choice
+    embedding = Population(
+        Weighted(), Shapes((), ()), torch.zeros(2, 0), (), torch.zeros(2, 0, 0), buffers={"mask": mask}
+    )
+    index = Herding(net=Weighted()).start(problem(embedding=embedding)).tensors["index"]
+    for c, members in enumerate(data.by_class):
+        pixel = data.images[members].flatten(1)[:, 5:6]
+        assert index[c * IPC : (c + 1) * IPC].tolist() == members[slow_herd(pixel, IPC)].tolist()

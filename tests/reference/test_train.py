@@ -350,6 +350,17 @@ def test_augmentation_is_drawn_from_the_models_key_and_the_step() -> None:
     assert not torch.allclose(recorder.seen[0], recorder.seen[1])
 
 
+def test_a_teachers_view_of_an_image_is_the_same_in_every_batch() -> None:
+    taught, recorder = with_teacher(), Recorder()
+    recipe = RECIPE.but(augment="rotate_scale", batch=5)
+    train(Training(taught, recorder, recipe, KEYS[:1]), EXACT)
+    assert isinstance(taught.labels, Teacher)
+    order = batches(Training(data(), NET, recipe.but(augment=""), KEYS[:1]))
+    for step, (index, seen) in enumerate(zip(order, recorder.seen, strict=True)):
+        drawn = augment.draw("rotate_scale", Key(taught.labels.seed).fold("view", step % 3), N)
+        torch.testing.assert_close(seen, augment.apply(data().images.double(), drawn)[index])
+
+
 # ---- many models are single models side by side ----
 
 
@@ -760,6 +771,24 @@ def test_what_does_not_fit_is_refused(mistake: str) -> None:
     changes, message = WRONG[mistake]
     with pytest.raises(UserError) as error:
         replace(CASES["full"], **changes)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layout": "stack"}, "unknown layout 'stack'; Did you mean 'stacked'? Known: loop, stacked"),
+        (
+            {"precision": "float16"},
+            "unknown precision 'float16'; Did you mean 'float64'? Known: float32, float64",
+        ),
+        ({"chunk": 0}, "plan: chunk must be at least 1; got 0"),
+        ({"threads": 0}, "plan: threads must be at least 1; got 0"),
+    ],
+)
+def test_plans_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        Plan(**changes)
     assert str(error.value) == message
 
 
