@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -136,7 +137,11 @@ class Runs:
     def _shrink(self) -> None:
         if self.folder is None:
             return
-        files = [(p.stat().st_mtime, p.stat().st_size, p) for p in self.folder.glob("*/*.safetensors")]
+        files = []
+        for path in self.folder.glob("*/*.safetensors"):
+            with suppress(FileNotFoundError):  # another process may be clearing up too
+                about = path.stat()
+                files.append((about.st_mtime, about.st_size, path))
         total = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
             if total <= self.limit:

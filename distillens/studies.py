@@ -16,7 +16,7 @@ from distillens.core.config import describe, override
 from distillens.core.contracts import Distiller, Problem, Sets
 from distillens.core.dataset import Splits
 from distillens.core.result import Result
-from distillens.core.storage import write_json
+from distillens.core.storage import sweep, write_json
 from distillens.engine.plan import Plan, cores
 from distillens.engine.workers import pinned_threads
 from distillens.evaluation import protocol as protocols
@@ -290,6 +290,7 @@ def study(
         write_json(to / "study.json", _about(wanted, cost, everything))
         # Times are not part of what a study ends in: they would change its bytes.
         write_json(to / "timing.json", {"forecast": cost.seconds, "seconds": time.monotonic() - begun})
+    sweep(to)
     return pipeline.write_report(to)
 
 

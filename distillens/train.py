@@ -100,13 +100,20 @@ class Training:
                 )
             if bool((self.weights < 0).any()) or bool((self.weights.sum(1) <= 0).any()):
                 raise UserError("example weights must be from 0 up, with some above 0 in each model")
-        late = [
-            t for t in (*self.snapshots, *(self.observe.moments if self.observe else ())) if t > self.steps
-        ]
-        if late:
+        moments = (*self.snapshots, *(self.observe.moments if self.observe else ()))
+        if moments and max(moments) > self.steps:
             raise UserError(
-                "a moment lies after the last step", got=str(max(late)), expected=f"up to {self.steps}"
+                "a moment lies after the last step", got=str(max(moments)), expected=f"up to {self.steps}"
             )
+        if moments and min(moments) < 0:
+            raise UserError("a moment lies before the first step", got=str(min(moments)), expected="from 0")
+        for j, subset in enumerate(self.subsets or ()):
+            if int(subset.min()) < 0 or int(subset.max()) >= n:
+                raise UserError(
+                    f"the subset of model {j} names images that are not there",
+                    got=f"{int(subset.min())} to {int(subset.max())}",
+                    expected=f"0 to {n - 1}",
+                )
 
     @property
     def steps(self) -> int:

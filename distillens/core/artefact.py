@@ -182,7 +182,14 @@ class DistilledDataset:
         )
 
     def without(self, *points: int) -> DistilledDataset:
-        """The set with some points left out."""
+        """The set with some points left out.
+
+        Raises:
+            UserError: a point is not there.
+        """
+        for point in points:
+            if not 0 <= point < len(self):
+                raise UserError("there is no such point", got=str(point), expected=f"0 to {len(self) - 1}")
         rest = torch.tensor([i for i in range(len(self)) if i not in points], dtype=torch.int64)
         return self.keep(rest)
 

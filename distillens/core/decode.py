@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
-from distillens.core.checks import UserError
+from distillens.core.checks import UserError, at_least
 
 Stored = Mapping[str, torch.Tensor]
 
@@ -77,6 +77,9 @@ class MultiFormation:
     """
 
     factor: int
+
+    def __post_init__(self) -> None:
+        at_least(1, "multi_formation", factor=self.factor)
 
     def points(self, stored: Stored) -> int:
         """n."""

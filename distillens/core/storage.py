@@ -49,6 +49,24 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise UserError(f"cannot write {path}", fix=advice) from error
 
 
+def sweep(folder: Path) -> None:
+    """Remove half-written files that a killed process has left below ``folder``."""
+    for part in folder.rglob(".*.part"):
+        writer = part.name.split(".")[-2]
+        if writer.isdigit() and not _alive(int(writer)):
+            part.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON with sorted keys, so that the same value gives the same bytes."""
     write_bytes(path, (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())

@@ -626,3 +626,14 @@ def test_a_set_that_was_overwritten_by_half_is_refused(
             distilled().save(saved)
     with pytest.raises(UserError, match="was changed after it was made"):
         DistilledDataset.load(saved)
+
+
+@pytest.mark.parametrize("point", [-1, N])
+def test_a_point_that_is_not_there_cannot_be_left_out(point: int) -> None:
+    with pytest.raises(UserError, match=f"there is no such point; got {point}; expected 0 to {N - 1}"):
+        distilled().without(point)
+
+
+def test_a_formation_has_at_least_one_patch() -> None:
+    with pytest.raises(UserError, match="multi_formation: factor must be at least 1; got 0"):
+        MultiFormation(0)

@@ -19,6 +19,7 @@ from distillens.core.storage import (
     fingerprint,
     read_json,
     read_tensors,
+    sweep,
     write_bytes,
     write_json,
     write_tensors,
@@ -222,3 +223,17 @@ def test_a_fingerprint_reads_values_not_memory_layout() -> None:
     base = torch.arange(6.0).reshape(2, 3)
     assert fingerprint(base.T) == fingerprint(base.T.contiguous()) != fingerprint(base)
     assert fingerprint(base.clone().requires_grad_()) == fingerprint(base)
+
+
+def test_sweep_removes_what_a_dead_writer_left_and_nothing_else(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = tmp_path / "a" / f".data.json.{dead.pid}.part"
+    left.parent.mkdir()
+    left.write_text("{")
+    writing = tmp_path / "a" / f".data.json.{os.getpid()}.part"
+    writing.write_text("{")
+    whole = tmp_path / "a" / "data.json"
+    whole.write_text("{}")
+    sweep(tmp_path)
+    assert sorted(tmp_path.rglob("*.*")) == sorted([writing, whole])

@@ -747,6 +747,14 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"observe": Observe((12,), {})},
         "a moment lies after the last step; got 12; expected up to 10",
     ),
+    "early look": (
+        {"observe": Observe((-1, 3), {})},
+        "a moment lies before the first step; got -1; expected from 0",
+    ),
+    "subset outside": (
+        {"subsets": (torch.arange(3),) * 4 + (torch.tensor([10**6]),)},
+        f"the subset of model 4 names images that are not there; got 1000000 to 1000000; expected 0 to {N - 1}",
+    ),
     "late in order": (
         {"order": ORDER, "snapshots": (7,)},
         "a moment lies after the last step; got 7; expected up to 6",
