@@ -17,7 +17,7 @@ import distillens
 from distillens import analyses, distillers
 from distillens.core.artefact import DistilledDataset, Provenance
 from distillens.core.checks import UserError, at_least, unknown
-from distillens.core.config import describe, override
+from distillens.core.config import describe, override, settings_of
 from distillens.core.contracts import Analysis, Distiller, Problem, Sets, State
 from distillens.core.dataset import Dataset, Splits
 from distillens.core.result import Result
@@ -364,8 +364,11 @@ def ask(
         UserError: the analysis or a setting is unknown, or the sets do not belong to the data.
     """
     real = load(data) if isinstance(data, str) else data
-    analysis = override(analyses.room.find(name).defaults(real.train), settings)
-    return _answer(analysis, gather(sets), real, store, seed, tell)
+    gathered = gather(sets)
+    analysis: Any = analyses.room.find(name).defaults(real.train)
+    if "nets" in settings_of(analysis) and max(map(len, gathered.distilled.values())) == 1:
+        analysis = replace(analysis, nets=5)  # of one set nothing but training can be repeated
+    return _answer(override(analysis, settings), gathered, real, store, seed, tell)
 
 
 def _answer(

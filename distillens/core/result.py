@@ -19,6 +19,9 @@ from distillens.core.storage import read_json, read_tensors, write_bytes, write_
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+REPLICATE = "replicate"
+NETWORK = "network (one set: the interval covers training only)"
+
 Verdict = Literal["supported", "not supported", "inconclusive"]
 
 
@@ -98,6 +101,16 @@ class Estimate:
         if math.isinf(self.low) and math.isinf(self.high):
             return f"{self.value:.{digits}f} [no interval: n = {self.n}]"
         return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+
+
+def units(values: Any) -> tuple[list[float], str]:
+    """Independent units of values [replicates, networks] and their name.
+
+    Replicates, each the mean of its networks; the networks themselves where there is one replicate.
+    """
+    if len(values) == 1:
+        return values[0].tolist(), NETWORK
+    return values.mean(1).tolist(), REPLICATE
 
 
 def paired(first: Sequence[float], second: Sequence[float], unit: str) -> Estimate:

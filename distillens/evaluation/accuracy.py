@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -12,7 +12,7 @@ from distillens.core.artefact import DistilledDataset
 from distillens.core.contracts import Net, Sets
 from distillens.core.dataset import Dataset, Splits
 from distillens.core.palette import colour
-from distillens.core.result import Claim, Estimate, Result, Table, paired
+from distillens.core.result import Claim, Estimate, Result, Table, paired, units
 from distillens.core.rng import Key
 from distillens.evaluation.protocol import WDDL, Protocol
 from distillens.nets.convnet import ConvNet
@@ -21,9 +21,6 @@ from distillens.train import Population, Training, networks, on
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-REPLICATE = "replicate"
-NETWORK = "network (one set: the interval covers training only)"
 
 
 @dataclass(frozen=True)
@@ -139,7 +136,7 @@ class AccuracyResult(Result):
 
     def estimate(self, name: str) -> Estimate:
         """The accuracy of one set, over replicates (over networks where there is one replicate)."""
-        values, unit = _units(self.values[name])
+        values, unit = units(self.values[name])
         return Estimate.mean(values, unit)
 
     def contrast(self, name: str, against: str) -> Estimate | None:
@@ -147,8 +144,8 @@ class AccuracyResult(Result):
         if against not in self.values:
             return None
         pairs = min(len(self.values[name]), len(self.values[against]))
-        first, unit = _units(self.values[name][:pairs])
-        second, _ = _units(self.values[against][:pairs])
+        first, unit = units(self.values[name][:pairs])
+        second, _ = units(self.values[against][:pairs])
         return paired(first, second, unit)
 
     def headline(self) -> dict[str, Estimate]:
@@ -224,7 +221,7 @@ class AccuracyResult(Result):
         """Accuracy of each set with its interval and replicates, full data as a line."""
         names = [*self.distilled, *self.baselines]
         for x, name in enumerate(names):
-            values, _ = _units(self.values[name])
+            values, _ = units(self.values[name])
             e = self.estimate(name)
             ax.scatter([x + 0.16] * len(values), values, s=14, color=colour(name), alpha=0.45, linewidths=0)
             if e.n > 1:
@@ -254,21 +251,12 @@ def _initial(name: str) -> str:
 
 
 def _keeping(training: Training, moments: tuple[int, ...]) -> Training:
-    from dataclasses import replace
-
     return replace(training, snapshots=moments)
 
 
 def _accuracy(population: Population, flat: torch.Tensor, data: Dataset) -> torch.Tensor:
     predicted = population.logits(data, flat).argmax(-1)
     return (predicted == data.labels.hard()).double().mean(1)
-
-
-def _units(values: torch.Tensor) -> tuple[list[float], str]:
-    """Independent units of accuracies [replicates, nets]: replicates, or networks where there is one."""
-    if len(values) == 1:
-        return values[0].tolist(), NETWORK
-    return values.mean(1).tolist(), REPLICATE
 
 
 def _storage(distilled: DistilledDataset) -> str:

@@ -95,7 +95,7 @@ def test_mixing_does_not_hurt_real_subsets_more_often_than_stated(
     claims = []
     for i in range(DRAWS):
         rows = values[SEED.fold("mixing", ipc, i).permutation(len(values))[:REPLICATES]]
-        claims += MixingResult(("dm",), (0, ipc), ipc, {"dm": rows}).claims()
+        claims += MixingResult(("dm",), (0, ipc), ipc, {"dm": rows[:, None]}).claims()
     assert supported(claims) <= ALARMS
 
 
@@ -105,7 +105,7 @@ def test_mixing_that_changes_nothing_hurts_no_more_often_than_stated(bank: dict[
     claims = []
     for i in range(DRAWS):
         rows = values[SEED.fold("nothing", i).permutation(len(values))[:REPLICATES]]
-        claims += MixingResult(("dm",), (0, 10), 10, {"dm": rows}).claims()
+        claims += MixingResult(("dm",), (0, 10), 10, {"dm": rows[:, None]}).claims()
     assert supported(claims) <= ALARMS
 
 

@@ -45,7 +45,7 @@ def main() -> None:
             tensors[f"accuracy.{ipc}"] = torch.stack([p.accuracy(real.test) for p in runs.get(*asked)])
             mixing = replace(Mixing.defaults(real.train), real_per_class=(0, ipc))
             sets = Sets({"null": tuple(subsets)}, {"random_subset": tuple(subsets)})
-            tensors[f"mixing.{ipc}"] = mixing(sets, real, runs, key=key).curves["null"]
+            tensors[f"mixing.{ipc}"] = mixing(sets, real, runs, key=key).curves["null"].mean(1)
         recognition = Recognition.defaults(real.train)
         judges = runs.get(*recognition.trainings(sets, real, key=key))
         tensors["judges"] = torch.stack([p.predictions(real.test) for p in judges]).to(torch.uint8)

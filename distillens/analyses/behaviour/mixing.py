@@ -16,7 +16,7 @@ from distillens.core.dataset import Dataset, Splits
 from distillens.core.labels import Probabilities
 from distillens.core.palette import colour
 from distillens.core.recipe import Recipe
-from distillens.core.result import Claim, Estimate, Result, Table, paired
+from distillens.core.result import Claim, Estimate, Result, Table, units
 from distillens.core.rng import Key
 from distillens.nets.convnet import ConvNet
 from distillens.runs import Runs
@@ -72,7 +72,7 @@ class Mixing:
         runs.make(self.trainings(sets, real, key=key))
         curves = {
             name: torch.stack(
-                [torch.stack([p.accuracy(real.test).mean() for p in runs.get(*row)]) for row in replicates]
+                [torch.stack([p.accuracy(real.test) for p in runs.get(*row)], 1) for row in replicates]
             )
             for name, replicates in self._grid(sets, real, key).items()
         }
@@ -148,7 +148,7 @@ class Mixing:
 
 @dataclass(frozen=True, eq=False)
 class MixingResult(Result):
-    """Test accuracy [replicates, amounts] by set."""
+    """Test accuracy [replicates, networks, amounts] by set."""
 
     analysis: ClassVar[str] = "behaviour/mixing"
     title: ClassVar[str] = "Real images mixed in"
@@ -161,9 +161,16 @@ class MixingResult(Result):
 
     def change(self, name: str, k: int) -> Estimate:
         """Accuracy with k real images a class minus accuracy without, paired."""
-        curve = self.curves[name]
-        alone = curve[:, self.real_per_class.index(0)].tolist()
-        return paired(curve[:, self.real_per_class.index(k)].tolist(), alone, "replicate")
+        pairs = self._at(name, k) - self._at(name, 0)
+        return Estimate.mean(*units(pairs))
+
+    def accuracy(self, name: str, k: int) -> Estimate:
+        """Accuracy with k real images a class added."""
+        return Estimate.mean(*units(self._at(name, k)))
+
+    def _at(self, name: str, k: int) -> torch.Tensor:
+        """Accuracies [replicates, networks] at one amount."""
+        return self.curves[name][..., self.real_per_class.index(k)]
 
     def headline(self) -> dict[str, Estimate]:
         """The change at the amount that was fixed beforehand."""
@@ -188,11 +195,11 @@ class MixingResult(Result):
 
     def tables(self) -> tuple[Table, ...]:
         """All curves."""
-        rows: list[tuple[str | int | Estimate, ...]] = []
-        for name, curve in self.curves.items():
-            points = [curve[:, self.real_per_class.index(k)].tolist() for k in sorted(self.real_per_class)]
-            rows.append((name, *(Estimate.mean(values, "replicate") for values in points)))
-        columns = ("set", *(f"+{k}" for k in sorted(self.real_per_class)))
+        amounts = sorted(self.real_per_class)
+        rows: list[tuple[str | int | Estimate, ...]] = [
+            (name, *(self.accuracy(name, k) for k in amounts)) for name in self.curves
+        ]
+        columns = ("set", *(f"+{k}" for k in amounts))
         return (Table("Test accuracy with k real images a class added", columns, tuple(rows)),)
 
     def notes(self) -> tuple[str, ...]:
@@ -205,10 +212,8 @@ class MixingResult(Result):
     def plot(self, ax: Axes) -> None:
         """Accuracy against the amount added."""
         amounts = sorted(self.real_per_class)
-        for name, curve in self.curves.items():
-            points = [
-                Estimate.mean(curve[:, self.real_per_class.index(k)].tolist(), "replicate") for k in amounts
-            ]
+        for name in self.curves:
+            points = [self.accuracy(name, k) for k in amounts]
             values = [p.value for p in points]
             ax.plot(range(len(amounts)), values, marker="o", ms=4, color=colour(name), label=name)
             if points[0].n > 1:
