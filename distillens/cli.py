@@ -329,7 +329,7 @@ def _deliver(results: Sequence[Result], place: Path, as_json: bool) -> None:
         for name, estimate in result.headline().items():
             print(f"  {name}: {estimate.text()}  (n = {estimate.n}, {estimate.unit})")
         for claim in result.claims():
-            print(f"  {claim.verdict:>13}: {claim.subject} {claim.statement} ({claim.estimate.text()})")
+            print(f"  {claim.verdict:>13}, {claim.subject}: {claim.statement} ({claim.estimate.text()})")
         print(f"  saved: {path}; for a page: distillens report {place}")
 
 

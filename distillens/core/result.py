@@ -58,16 +58,22 @@ class Estimate:
         """The mean of shares in [0, 1], each out of ``trials``, one an independent unit.
 
         Student's t over the units, cut to [0, 1]. Where all units agree t would claim certainty: the
-        interval is then at least Clopper and Pearson's for all trials together.
+        interval is then at least Clopper and Pearson's for all trials together. Of a single unit the trials
+        are all there is: theirs is the interval, and n counts them.
         """
         plain = Estimate.mean(values, unit, level)
-        low, high = max(plain.low, 0.0), min(plain.high, 1.0)
-        if min(values) == max(values):  # the interval itself may be a rounding error wide
-            from scipy.stats import binomtest
+        if min(values) < max(values):
+            return Estimate(plain.value, max(plain.low, 0.0), min(plain.high, 1.0), plain.n, unit, level)
+        from scipy.stats import binomtest
 
-            total = trials * plain.n
-            exact = binomtest(round(plain.value * total), total).proportion_ci(level)
-            low, high = min(low, float(exact.low)), max(high, float(exact.high))
+        total = trials * plain.n
+        exact = binomtest(round(plain.value * total), total).proportion_ci(level)
+        if plain.n == 1:
+            return Estimate(
+                plain.value, float(exact.low), float(exact.high), trials, f"image of one {unit}", level
+            )
+        # The interval itself may be a rounding error wide.
+        low, high = min(max(plain.low, 0.0), float(exact.low)), max(min(plain.high, 1.0), float(exact.high))
         return Estimate(plain.value, low, high, plain.n, unit, level)
 
     @staticmethod

@@ -92,12 +92,14 @@ class Accuracy:
 
     def _full(self, sets: Sets, real: Splits, key: Key) -> list[Training]:
         replicates = max(map(len, sets.everything().values()))
-        keys = tuple(networks(key, r, 1)[0] for r in range(replicates))
+        # One network a replicate is enough of the full data; all of them where there is one replicate.
+        each = self.protocol.nets if replicates == 1 else 1
+        keys = tuple(k for r in range(replicates) for k in networks(key, r, each))
         # Full batches of a whole dataset are nobody's practice: batches of 256, the same steps and rate.
         recipe = self.protocol.recipes()[0]
         batch = min(recipe.batch or 256, len(real.train))
         training = Training(real.train, self.net, recipe.but(batch=batch), keys)
-        return [_keeping(training.models(j, j + 1), self.protocol.moments) for j in range(replicates)]
+        return [_keeping(training.models(j, j + 1), self.protocol.moments) for j in range(len(keys))]
 
     def _choose(self, candidates: Sequence[Population], real: Splits) -> tuple[torch.Tensor, str]:
         """Test accuracies [nets] of the candidate that is best on validation, and which one it is."""

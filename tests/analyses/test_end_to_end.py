@@ -75,6 +75,15 @@ def test_class_means_are_clearer_than_unseen_real_images(digits: Splits, runs: R
     assert 0.5 < result.headline()[UNSEEN].value <= 1.0
 
 
+def test_recognition_of_a_single_set_rests_on_its_images(digits: Splits, runs: Runs) -> None:
+    analysis = Recognition((ConvNet(2, 16),), Recipe(steps=60, batch=256), seeds=2)
+    result = analysis(Sets({"means": (class_means(digits),)}), digits, runs, key=KEY)
+    recognised = result.headline()["means"]
+    assert (recognised.n, recognised.unit) == (10, "image of one replicate")
+    assert 0.6 < recognised.low < 0.8 and recognised.high == 1.0
+    assert claims(result)["means", "recognised"] == "supported"
+
+
 def test_judges_never_see_the_real_images_they_are_compared_on(digits: Splits) -> None:
     analysis = Recognition((TINY,), SHORT, seeds=1)
     sets = Sets({"null": subsets(digits, "n", 1)})

@@ -65,8 +65,12 @@ def test_share_is_students_interval_cut_to_a_share() -> None:
     assert Estimate.share(inside, 20, "set") == Estimate.mean(inside, "set")
     wide = Estimate.share([0.0, 1.0], 20, "set")
     assert (wide.value, wide.low, wide.high) == (0.5, 0.0, 1.0)
+
+
+def test_share_of_one_unit_rests_on_its_trials_and_says_so() -> None:
     alone = Estimate.share([0.7], 20, "set")
-    assert (alone.value, alone.low, alone.high, alone.n) == (0.7, 0.0, 1.0, 1)
+    assert (alone.value, alone.n, alone.unit) == (0.7, 20, "image of one set")
+    assert (alone.low, alone.high) == pytest.approx(clopper_pearson(14, 20, 0.95), rel=1e-9)
 
 
 def clopper_pearson(successes: int, trials: int, level: float) -> tuple[float, float]:

@@ -109,15 +109,13 @@ class RecognitionResult(Result):
 
     def above_chance(self, name: str) -> Estimate:
         """The recognised share minus what permuted labels would give."""
-        found = self.recognised(name)
-        chance = float(self.chances[name].mean())
-        gain = Estimate.mean((self.shares[name] - self.chances[name]).mean(1).tolist(), "replicate")
-        # Where all replicates agree their spread says nothing: the images' interval stands in for it.
-        low, high = min(gain.low, found.low - chance), max(gain.high, found.high - chance)
-        agree = gain.high == gain.low
-        return Estimate(
-            gain.value, low if agree else gain.low, high if agree else gain.high, gain.n, gain.unit
-        )
+        values = (self.shares[name] - self.chances[name]).mean(1).tolist()
+        gain = Estimate.mean(values, "replicate")
+        if min(values) < max(values):
+            return gain
+        # A spread of nothing says nothing: the images' own interval stands in for it.
+        found, chance = self.recognised(name), float(self.chances[name].mean())
+        return Estimate(gain.value, found.low - chance, found.high - chance, found.n, found.unit)
 
     def above_real(self, name: str) -> Estimate:
         """The recognised share minus that of unseen real images."""
