@@ -48,7 +48,8 @@ def collect(folder: Path) -> dict[str, Any]:
         "command": about["command"],
         "data": about["data"],
         "trainings": about["trainings"],
-        "seconds": round(timing["seconds"]),
+        # A study that was stopped and went on has no time of its own.
+        "seconds": None if timing.get("resumed") else round(timing["seconds"]),
         "forecast_seconds": round(timing["forecast"]),
         "sets": sets,
         "sizes": sizes,

@@ -281,7 +281,7 @@ def study(
     with session(wanted.real, to / "store", plan=wanted.plan, workers=workers, device=device) as runs:
         cost = forecast(wanted, runs.engine.workers)
         announce(f"{cost.text()} ({runs.engine.workers} worker{'s' if runs.engine.workers > 1 else ''})")
-        begun = time.monotonic()
+        begun, resumed = time.monotonic(), (to / "study.json").is_file()
         write_json(to / "study.json", _about(wanted, cost, {}))
         _distil(wanted, to, runs, tell)
         everything = {ipc: _sets(wanted, to, ipc) for ipc in wanted.ipc}
@@ -289,7 +289,8 @@ def study(
         _analyse(wanted, everything, to, runs, tell)
         write_json(to / "study.json", _about(wanted, cost, everything))
         # Times are not part of what a study ends in: they would change its bytes.
-        write_json(to / "timing.json", {"forecast": cost.seconds, "seconds": time.monotonic() - begun})
+        took = {"forecast": cost.seconds, "seconds": time.monotonic() - begun, "resumed": resumed}
+        write_json(to / "timing.json", took)
     sweep(to)
     return pipeline.write_report(to)
 

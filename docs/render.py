@@ -43,10 +43,11 @@ def accuracy_table(name: str) -> str:
             lines.append(f"| {label} | {ipc} | {' | '.join(cells)} |")
             replicates = max(replicates, accuracy["n"])
     e = saved["environment"]
+    took = "" if saved["seconds"] is None else f" in {saved['seconds'] / 60:.1f} min"
     lines.append("")
     lines.append(
         f"Means with 95 % intervals over n = {replicates} replicates (own distillation, subset and network keys); "
-        f"`{saved['command']}`; {saved['trainings']:,} models in {saved['seconds'] / 60:.1f} min on {e['cores']} cores "
+        f"`{saved['command']}`; {saved['trainings']:,} models{took} on {e['cores']} cores "
         f"({e['machine']}, torch {e['torch']}), commit {e['commit']}."
     )
     return "\n".join(lines)

@@ -39,8 +39,8 @@ class Plan:
     def models_together(self, batch: int) -> int:
         """How many models share a chunk when each sees ``batch`` images a step.
 
-        Measured on 8 x 8 images, one thread: stacking halves the time at 10 images a step (fixed costs rule); at
-        100 one model after another is a quarter faster (the arithmetic rules, and a stack leaves the caches).
+        Stacking pays where a step is small and fixed costs rule; from about 100 images of 8 x 8 on the arithmetic
+        rules, and a stack leaves the caches (``benchmarks/results/layout.json``, one thread).
         """
         if self.layout == "loop":
             return 1

@@ -103,8 +103,8 @@ class ConvNet:
 def _average_pool(x: torch.Tensor) -> torch.Tensor:
     """Means of 2 x 2 pixels; an odd last row or column is dropped, as ``avg_pool2d`` does.
 
-    Small images take one product with a constant matrix: the same function, forward and backward three times
-    as fast on a CPU (0.23 against 0.73 ms at [100, 32, 8, 8]), and a training step a sixth.
+    Small images take one product with a constant matrix: the same function, faster forward and backward on a
+    CPU (``benchmarks/results/layout.json``), where pooling was a quarter of a training step.
     """
     h, w = x.shape[-2:]
     if h * w > 64:
