@@ -163,6 +163,9 @@ def distill(
     seed: Seed = 0,
     replicate: Annotated[int, typer.Option("--replicate", min=0, help="Which replicate of the seed.")] = 0,
     device: Device = "cpu",
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Threads; part of what settles the last bits.")
+    ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -181,6 +184,7 @@ def distill(
             to=to,
             force=force,
             device=device,
+            threads=threads,
             tell=tell,
         )
     if as_json:

@@ -111,9 +111,12 @@ def distill(
     to: Path | None = None,
     force: bool = False,
     device: str = "cpu",
+    threads: int | None = None,
     tell: Tell = silent,
 ) -> DistilledDataset:
     """Distil a dataset with one method.
+
+    ``threads`` are part of what settles the last bits: all cores on large images where none are named.
 
     With ``to`` the set is written there with its initialisation and its log; a finished one is loaded, an
     interrupted one goes on, one that was made otherwise is refused unless ``force``.
@@ -127,7 +130,9 @@ def distill(
     real = (load(data) if isinstance(data, str) else data).to(check_device(device))
     wanted = order(method, real, ipc, settings=settings, seed=seed, replicate=replicate)
     store = to.parent / f".{to.name}.store" if to else None
-    with session(real, store, plan=Plan.resolve(real.train), device=device) as runs:
+    plan = Plan.resolve(real.train)
+    plan = replace(plan, threads=threads or plan.threads)
+    with session(real, store, plan=plan, device=device) as runs:
         done = make(wanted, real, runs, to, force=force, tell=tell)
     if store is not None:
         _remove(store)

@@ -370,6 +370,10 @@ def _about(wanted: Study, cost: Forecast, everything: Mapping[int, Sets]) -> dic
     """``study.json``: what a report says of the whole, with the storage of the sets that are made."""
     real = wanted.real
 
+    # A study shares the cores out; the command of one set would take them all, and end in other last bits.
+    alone = Plan.resolve(real.train).threads
+    threads = [] if wanted.plan.threads == alone else [f"--threads {wanted.plan.threads}"]
+
     def storage(one: Order) -> dict[str, Any]:
         if one.ipc not in everything:
             return {}
@@ -405,6 +409,7 @@ def _about(wanted: Study, cost: Forecast, everything: Mapping[int, Sets]) -> dic
                         f"distillens distill {one.name} --data {real.source} --ipc {one.ipc}",
                         f"--seed {one.seed} --replicate {one.replicate}",
                         *(f"--set {setting}" for setting in wanted.settings_for(one.name)),
+                        *threads,
                     ]
                 ),
                 **storage(one),

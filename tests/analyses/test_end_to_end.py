@@ -65,6 +65,22 @@ def test_class_means_beat_random_subsets(digits: Splits, runs: Runs) -> None:
     assert result.headline()["full data"].value > result.headline()["means"].value
 
 
+def test_real_images_beat_the_noise_that_a_set_started_from(digits: Splits, runs: Runs) -> None:
+    own = subsets(digits, "own", 5)
+    noise = tuple(
+        replace(one, stored={"images": KEY.fold("noise", r).normal(10, 1, 8, 8)}) for r, one in enumerate(own)
+    )
+    sets = Sets({"a": own}, {"random_subset": subsets(digits, "base", 5)}, {"a": noise})
+    result = Accuracy(Protocol("short", "", SHORT), TINY)(sets, digits, runs, key=KEY)
+    assert claims(result)["a", "beats its start"] == "supported"
+
+
+def test_influence_of_real_points_stays_in_class(digits: Splits, runs: Runs) -> None:
+    # The claim's positive control: it is as true of a real subset.
+    result = LeaveOneOut(TINY, SHORT, inits=2)(Sets({"a": subsets(digits, "c", 1)}), digits, runs, key=KEY)
+    assert claims(result)["a", "influence stays in class"] == "supported"
+
+
 def test_class_means_are_clearer_than_unseen_real_images(digits: Splits, runs: Runs) -> None:
     sets = Sets({"means": (class_means(digits),) * 5}, {})
     analysis = Recognition((ConvNet(2, 16),), Recipe(steps=60, batch=256), seeds=2)

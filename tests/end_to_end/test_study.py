@@ -170,3 +170,17 @@ def test_the_orders_of_a_study_have_their_own_keys(digits: Splits) -> None:
     assert pipeline.order("dm", digits, 10, seed=0, replicate=3).key in keys
     assert all(key.seed == 0 for key in keys)
     assert Key(0, ("distil", "dm", 10, 3)) in keys
+
+
+def test_the_command_of_a_set_keeps_the_studys_threads(monkeypatch) -> None:
+    from distillens.data.planted import planted
+    from distillens.engine import plan
+
+    monkeypatch.setattr(plan, "cores", lambda: 4)
+    monkeypatch.setattr(studies, "cores", lambda: 4)
+    real = planted(Key(1), shape=(1, 20, 20), per_class=12)
+    study = studies.design(real, methods=("dm",), ipc=(1,), preset="smoke", replicates=1)
+    about = studies._about(study, studies.Forecast(0, 0, 0.0), {})
+    assert study.plan.threads == 1
+    assert plan.Plan.resolve(real.train).threads == 4
+    assert all(one["command"].endswith("--threads 1") for one in about["sets"])
