@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 
 from distillens.core.artefact import DistilledDataset
 from distillens.core.checks import UserError
-from distillens.core.contracts import Like, Problem, State
+from distillens.core.contracts import Like, Net, Params, Problem, State
 from distillens.core.dataset import check_per_class
 from distillens.core.labels import Hard
 from distillens.core.recipe import Recipe
@@ -43,6 +44,27 @@ def initial(problem: Problem, init: Init) -> torch.Tensor:
     if init == "real":
         return problem.real.images[choose(problem, key)].clone()
     return key.normal(problem.real.k * problem.ipc, *problem.real.shape).to(problem.real.images)
+
+
+def fresh(net: Net, problem: Problem, key: Key) -> Params:
+    """Fresh parameters of a network that is differentiated through, where the real images live.
+
+    Raises:
+        UserError: the network remembers something between steps, which no gradient flows through.
+    """
+    params, buffers = net.init(problem.real, key)
+    refuse_buffers(net, buffers)
+    return {name: value.to(problem.real.images) for name, value in params.items()}
+
+
+def refuse_buffers(net: Net, buffers: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a network with buffers (running statistics of batch norm, say)."""
+    if buffers:
+        raise UserError(
+            "this method differentiates through training, which needs a network without buffers",
+            got=f"{type(net).__name__} with {', '.join(buffers)}",
+            fix="choose a norm that remembers nothing, such as group norm",
+        )
 
 
 def real_batch(problem: Problem, key: Key, per_class: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ from distillens.core.contracts import Log, Net, Problem, State
 from distillens.core.dataset import Dataset
 from distillens.core.recipe import Recipe
 from distillens.core.vector import Shapes
-from distillens.distillers._pixels import Init, begin, finished, initial, moved, real_batch, small
+from distillens.distillers._pixels import Init, begin, finished, fresh, initial, moved, real_batch, small
 from distillens.nets.convnet import ConvNet
 from distillens.unroll import unroll
 
@@ -91,8 +91,7 @@ class BPTT:
     def step(self, problem: Problem, state: State, i: int) -> tuple[State, Log]:
         """One training of a fresh network, and the way back."""
         key = problem.key.fold("step", i)
-        params, _ = self.net.init(problem.real, key.fold("net"))
-        params = {name: value.to(problem.real.images) for name, value in params.items()}
+        params = fresh(self.net, problem, key.fold("net"))
         shapes = Shapes.of(params)
         real = real_batch(problem, key.fold("real"), self.batch_real)
         k, b = real.shape[:2]

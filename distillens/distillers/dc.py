@@ -15,7 +15,7 @@ from distillens.core.contracts import Log, Net, Params, Problem, State
 from distillens.core.dataset import Dataset
 from distillens.core.rng import Key
 from distillens.core.vector import Shapes
-from distillens.distillers._pixels import Init, begin, finished, initial, moved, real_batch, small
+from distillens.distillers._pixels import Init, begin, finished, fresh, initial, moved, real_batch, small
 from distillens.nets.convnet import ConvNet
 
 # Matching steps and training passes between them, by images a class (``get_loops`` of the authors' code).
@@ -85,8 +85,7 @@ class DC:
     def step(self, problem: Problem, state: State, i: int) -> tuple[State, Log]:
         """One outer iteration: a fresh network is matched and trained in turn."""
         key = problem.key.fold("step", i)
-        params, _ = self.net.init(problem.real, key.fold("net"))
-        params = {name: value.to(problem.real.images) for name, value in params.items()}
+        params = fresh(self.net, problem, key.fold("net"))
         total = 0.0
         for turn in range(self.outer_loop):
             place = key.fold("turn", turn)

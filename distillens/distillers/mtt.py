@@ -17,7 +17,7 @@ from distillens.core.contracts import Log, Net, Problem, State
 from distillens.core.dataset import Dataset
 from distillens.core.recipe import Recipe
 from distillens.core.rng import Key
-from distillens.distillers._pixels import Init, begin, finished, initial, moved, small
+from distillens.distillers._pixels import Init, begin, finished, initial, moved, refuse_buffers, small
 from distillens.nets.convnet import ConvNet
 from distillens.train import Population, Training
 from distillens.unroll import unroll
@@ -130,6 +130,7 @@ class MTT:
         """One stretch of one expert is matched."""
         key = problem.key.fold("step", i)
         experts: Population = problem.inputs["experts"]
+        refuse_buffers(self.net, experts.buffers)
         expert = int(key.fold("expert").integers(len(experts), 1))
         start_epoch = int(key.fold("start").integers(self.max_start_epoch, 1))
         theta = experts.snapshots[expert, start_epoch].to(problem.real.images)
