@@ -26,6 +26,7 @@ from distillens.core.storage import read_json, write_json
 from distillens.data import load, sources
 from distillens.engine.plan import Plan, cores
 from distillens.engine.workers import Engine, pinned_threads
+from distillens.experts import Experts
 from distillens.evaluation import protocol as protocols
 from distillens.evaluation.accuracy import Accuracy
 from distillens.report import write
@@ -60,7 +61,7 @@ class Order:
 
     def problem(self, real: Dataset, inputs: Mapping[str, Any] | None = None) -> Problem:
         """What the method is asked."""
-        return Problem(real, self.ipc, self.key, inputs or {})
+        return Problem(real, self.ipc, self.key, inputs or {}, Key(self.seed, ("shared", self.replicate)))
 
     def provenance(self, real: Splits, plan: Plan) -> Provenance:
         """Where the set will have come from; known before it is made."""
@@ -159,7 +160,13 @@ def inputs_of(orders: Sequence[Order], real: Splits, runs: Runs, tell: Tell = si
         [training for each in needs for training in each.values()],
         report=lambda done, total: tell("training what the methods start from", done, total),
     )
-    return [{name: runs.get(training)[0] for name, training in each.items()} for each in needs]
+    return [
+        {
+            name: runs.trajectories(need) if isinstance(need, Experts) else runs.get(need)[0]
+            for name, need in each.items()
+        }
+        for each in needs
+    ]
 
 
 def run(

@@ -16,13 +16,15 @@ from distillens.core.storage import fingerprint, read_tensors, write_tensors
 from distillens.core.vector import Shapes
 from distillens.engine.plan import Plan
 from distillens.engine.workers import Engine
+from distillens.experts import Experts, Trajectories
 from distillens.train import Population, Training, chunks, train_chunk
 
 Report = Callable[[int, int], None]  # (models done, models in all)
+Request = Training | Experts
 
 
 class Runs:
-    """Populations by content: data, network, recipe, keys, what is kept, plan and torch version.
+    """Populations and expert trajectories by content: data, network, recipe, keys, plan, torch version.
 
     Trained chunks lie as safetensors in ``folder`` (in memory without one), each written whole or not at
     all, so that an interrupted request goes on where it stopped. ``limit`` bounds the folder in bytes: what was
@@ -39,6 +41,7 @@ class Runs:
         self.limit = limit
         self.trained: Counter[str] = Counter()
         self._memory: dict[str, Population] = {}
+        self._trajectories: dict[str, torch.Tensor] = {}
         self._used: set[Path] = set()
 
     def get(self, *trainings: Training, report: Report | None = None) -> list[Population]:
@@ -49,30 +52,49 @@ class Runs:
         self.make(trainings, report=report)
         return [Population.joined([self._load(part) for part in chunks(t, self.plan)]) for t in trainings]
 
-    def make(self, trainings: Iterable[Training], *, report: Report | None = None) -> None:
-        """See that the store has these populations, without reading them."""
-        parts = list(self._missing(trainings))
-        total = sum(len(part.keys) for part in parts)
+    def trajectories(self, experts: Experts, *, report: Report | None = None) -> Trajectories:
+        """The experts' way, made now where the store has none that goes as far. Nothing of it is read yet."""
+        self.make([experts], report=report)
+        parts = experts.cut(self.plan)
+        found = [self._find(part) for part in parts]
+        params, _ = experts.net.init(experts.data, experts.keys[0])
+        return Trajectories(
+            experts.net,
+            Shapes.of(params),
+            experts.passes,
+            tuple(part for part in found if part is not None),
+            tuple(len(part.keys) for part in parts),
+        )
+
+    def make(self, requests: Iterable[Request], *, report: Report | None = None) -> None:
+        """See that the store has these populations and experts, without reading them."""
+        parts = list(self._missing(requests))
+        jobs = [part.training if isinstance(part, Experts) else part for part in parts]
+        total = sum(len(job.keys) for job in jobs)
         # Long jobs first: the workers end together.
-        parts.sort(key=lambda part: -part.image_steps)
+        order = sorted(range(len(jobs)), key=lambda i: -jobs[i].image_steps)
         done = 0
-        for index, population in self.engine.map(train_chunk, [(part, self.plan) for part in parts]):
-            self._save(parts[index], population)
-            self.trained.update(parts[index].identities())
-            done += len(parts[index].keys)
+        for place, population in self.engine.map(train_chunk, [(jobs[i], self.plan) for i in order]):
+            part, job = parts[order[place]], jobs[order[place]]
+            self._save(part, population)
+            self.trained.update(job.identities())
+            done += len(job.keys)
             if report is not None:
                 report(done, total)
         if parts:
             self._shrink()
 
-    def missing(self, trainings: Iterable[Training]) -> list[Training]:
+    def missing(self, requests: Iterable[Request]) -> list[Request]:
         """The chunks that ``make`` would train."""
-        return list(self._missing(trainings))
+        return list(self._missing(requests))
 
-    def _missing(self, trainings: Iterable[Training]) -> Iterator[Training]:
+    def _missing(self, requests: Iterable[Request]) -> Iterator[Request]:
+        requests = list(requests)
         asked: set[str] = set()
-        for training in trainings:
-            for part in chunks(training, self.plan):
+        for request in requests:
+            if isinstance(request, Experts):
+                continue
+            for part in chunks(request, self.plan):
                 name = self._name(part)
                 if name in asked:
                     continue
@@ -84,16 +106,47 @@ class Runs:
                     self._used.add(self._path(name))
                 if not present:
                     yield part
+        # Of experts that differ in length alone the longest serve all.
+        experts = [part for r in requests if isinstance(r, Experts) for part in r.cut(self.plan)]
+        for part in sorted(experts, key=lambda part: -part.passes):
+            name = self._name(part)
+            if name not in asked and self._find(part) is None:
+                yield part
+            asked.add(name)
 
-    def _name(self, part: Training) -> str:
-        return fingerprint(part.fingerprint, describe(self.plan), torch.__version__, part.data.device.type)
+    def _name(self, part: Request) -> str:
+        # Experts of any length have one name: their shortest training's.
+        what = part.lasting(1) if isinstance(part, Experts) else part
+        return fingerprint(what.fingerprint, describe(self.plan), torch.__version__, part.data.device.type)
+
+    def _find(self, part: Experts) -> Path | torch.Tensor | None:
+        """Where these experts' trajectories lie, if any go as far."""
+        name = self._name(part)
+        if self.folder is None:
+            known = self._trajectories.get(name)
+            return None if known is None or known.shape[1] <= part.passes else known
+        for path in sorted((self.folder / "experts").glob(f"{name[:40]}.*.safetensors")):
+            if int(path.name.split(".")[1]) >= part.passes:
+                self._used.add(path)
+                path.touch()
+                return path
+        return None
 
     def _path(self, name: str) -> Path:
         assert self.folder is not None
         return self.folder / name[:2] / f"{name[2:40]}.safetensors"
 
-    def _save(self, part: Training, population: Population) -> None:
+    def _save(self, part: Request, population: Population) -> None:
         name = self._name(part)
+        if isinstance(part, Experts):
+            if self.folder is None:
+                self._trajectories[name] = population.snapshots
+                return
+            # The length in its name, all digits: sorted names are sorted lengths.
+            path = self.folder / "experts" / f"{name[:40]}.{part.passes:06d}.safetensors"
+            write_tensors(path, {"snapshots": population.snapshots})
+            self._used.add(path)
+            return
         if self.folder is None:
             self._memory[name] = population
             return

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 
@@ -122,11 +122,12 @@ class Training:
 
     @property
     def image_steps(self) -> int:
-        """Images seen, summed over steps and models: the measure of the work."""
+        """Images seen, summed over steps and models: the measure of the work. A look at two places counts twice."""
         if self.order is not None:
             return len(self.keys) * int((self.order.steps >= 0).sum())
+        looks = 2 if self.recipe.rho else 1
         sizes = [len(self.data)] * len(self.keys) if self.subsets is None else [len(s) for s in self.subsets]
-        return self.steps * sum(min(size, self.recipe.batch or size) for size in sizes)
+        return looks * self.steps * sum(min(size, self.recipe.batch or size) for size in sizes)
 
     def models(self, start: int, stop: int) -> Training:
         """The training of some of the models."""
@@ -275,11 +276,11 @@ def train_chunk(training: Training, plan: Plan, progress: Progress | None = None
             for name, watched in training.observe.data.items():
                 seen[name].append(now.predictions(watched).to(torch.int16))
 
-    look(0)
-    for step in range(training.steps):
+    def slope(at: torch.Tensor, step: int) -> tuple[torch.Tensor, Buffers]:
+        """The gradient [m, P] of each model's own mean loss at the parameters ``at``, and the new buffers."""
         index, weight = batches.at(step)
-        leaf = flat.detach().requires_grad_()
-        logits, buffers = _forward(training, shapes.unflatten(leaf), buffers, images, index, step)
+        leaf = at.detach().requires_grad_()
+        logits, new = _forward(training, shapes.unflatten(leaf), buffers, images, index, step)
         labels = data.labels
         if isinstance(labels, Teacher):
             labels = labels.view(step % len(labels.views))
@@ -294,6 +295,14 @@ def train_chunk(training: Training, plan: Plan, progress: Progress | None = None
             # An ordered step of which nothing is left has no gradient.
             mean = (losses * weight).sum(1) / torch.where(total > 0, total, 1.0)
         (gradient,) = torch.autograd.grad(mean.sum(), leaf)
+        return gradient, new
+
+    look(0)
+    for step in range(training.steps):
+        gradient, new_buffers = slope(flat, step)
+        if training.recipe.rho:
+            gradient = _flat_minimum(training.recipe, flat, gradient, partial(slope, step=step))
+        buffers = new_buffers
         rate = None if training.order is None else float(training.order.lr[step])
         flat = optimiser.step(flat, gradient, step, rate)
         if progress is not None:
@@ -312,6 +321,28 @@ def train_chunk(training: Training, plan: Plan, progress: Progress | None = None
         {name: torch.stack(pieces, 1) for name, pieces in seen.items()},
         buffers,
     )
+
+
+def _flat_minimum(
+    recipe: Recipe,
+    flat: torch.Tensor,
+    plain: torch.Tensor,
+    slope: Callable[[torch.Tensor], tuple[torch.Tensor, Buffers]],
+) -> torch.Tensor:
+    """The gradient [m, P] of GSAM with the adaptive radius, from the plain one (``recipe`` says more).
+
+    The perturbed gradient sees the same batch under the same augmentation. Buffers keep what the plain pass saw.
+    """
+
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        return x.norm(dim=1, keepdim=True)
+
+    tiny = 1e-12  # as in the authors' code
+    away = flat.square() * plain * (recipe.rho / (norm(flat.abs() * plain) + tiny))
+    ahead, _ = slope(flat + away)
+    cosine = (plain * ahead).sum(1, keepdim=True) / (norm(plain) * norm(ahead) + tiny)
+    across = plain - cosine * norm(plain) * ahead / (norm(ahead) + tiny)
+    return ahead - recipe.gsam_alpha * across
 
 
 def _forward(

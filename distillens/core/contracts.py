@@ -64,13 +64,15 @@ class Net(Protocol):
 class Problem:
     """What a distiller is asked: which real data, how many images a class, with which randomness.
 
-    ``inputs`` holds what the method declared in ``needs`` (expert trajectories, an embedding).
+    ``inputs`` holds what the method declared in ``needs`` (expert trajectories, an embedding). What is trained for
+    it draws from ``shared``, which all methods and sizes of a replicate have in common: its experts serve them all.
     """
 
     real: Dataset
     ipc: int
     key: Key
     inputs: Mapping[str, Any] = field(default_factory=dict)
+    shared: Key = Key(0, ("shared",))
 
     @cached_property
     def by_class(self) -> tuple[torch.Tensor, ...]:
@@ -124,7 +126,7 @@ class Distiller(Protocol):
         """Settings that fit the data: quick and good on small images, the authors' on theirs."""
 
     def needs(self, problem: Problem) -> Mapping[str, Any]:
-        """The real trainings the method starts from, by name (``train.Training`` values)."""
+        """The real trainings the method starts from, by name (``train.Training`` or ``experts.Experts`` values)."""
 
     def start(self, problem: Problem) -> State:
         """The state before the first step."""
@@ -134,6 +136,9 @@ class Distiller(Protocol):
 
     def work(self, problem: Problem) -> float:
         """Forward passes of one image that all steps cost together: what a forecast starts from."""
+
+    def memory(self, problem: Problem) -> float:
+        """Bytes that a step needs at its peak, beside the data: what a refusal starts from."""
 
     def finish(self, problem: Problem, state: State) -> DistilledDataset:
         """The distilled set; the pipeline adds its provenance."""

@@ -20,6 +20,10 @@ class Recipe:
     field's loaders do. ``tenth_at_half`` multiplies the rate by 0.1 from step ``steps // 2 + 1``
     and empties the momentum there, as the DC family's evaluation does. ``augment`` is a
     strategy of differentiable siamese augmentation ("color_crop_cutout_flip_scale_rotate"; "" is none).
+
+    ``rho`` above 0 looks for flat minima (adaptive sharpness-aware minimisation, Kwon et al. 2021): each step takes
+    its gradient at the parameters moved by ``rho`` up the loss, at twice the cost. ``gsam_alpha`` takes away so
+    much of what the plain gradient has at right angles to it (GSAM, Zhuang et al. 2022).
     """
 
     steps: int = 300
@@ -30,10 +34,17 @@ class Recipe:
     weight_decay: float = 0.0
     schedule: Literal["constant", "tenth_at_half", "cosine"] = "constant"
     augment: str = ""
+    rho: float = 0.0
+    gsam_alpha: float = 0.0
 
     def __post_init__(self) -> None:
         at_least(0, "recipe", steps=self.steps, momentum=self.momentum, weight_decay=self.weight_decay)
+        at_least(0, "recipe", rho=self.rho, gsam_alpha=self.gsam_alpha)
         positive("recipe", lr=self.lr)
+        if self.gsam_alpha and not self.rho:
+            raise UserError(
+                "recipe: gsam_alpha does nothing without rho", got=f"{self.gsam_alpha!r}", fix="set rho=0.01, say"
+            )
         if self.momentum >= 1:
             raise UserError("recipe: momentum must be below 1", got=f"{self.momentum!r}")
         if self.batch is not None:

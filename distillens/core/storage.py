@@ -123,6 +123,26 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         ) from error
 
 
+def read_slice(path: Path, name: str, *index: int) -> torch.Tensor:
+    """One entry of a tensor in a safetensors file; only its own bytes are read.
+
+    Raises:
+        UserError: there is no such file or tensor, or it is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            entry: torch.Tensor = file.get_slice(name)[index]
+            return entry.clone()
+    except (SafetensorError, ValueError, OSError) as error:
+        raise UserError(
+            f"{path} is not a whole safetensors file", got=str(error), fix="make it again"
+        ) from error
+
+
 def fingerprint(*parts: Any) -> str:
     """A SHA-256 of tensors (kind, shape, bytes), strings, bytes and JSON values, in order."""
     digest = hashlib.sha256()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -11,9 +11,10 @@ from distillens.core.artefact import DistilledDataset
 from distillens.core.checks import UserError
 from distillens.core.contracts import Like, Net, Params, Problem, State
 from distillens.core.dataset import check_per_class
-from distillens.core.labels import Hard
+from distillens.core.labels import Hard, Labels
 from distillens.core.recipe import Recipe
 from distillens.core.rng import Key
+from distillens.unroll import Adam
 
 Init = Literal["real", "noise"]
 
@@ -76,20 +77,65 @@ def real_batch(problem: Problem, key: Key, per_class: int) -> torch.Tensor:
     return problem.real.images[index]
 
 
-def moved(state: State, gradient: torch.Tensor, lr: float, momentum: float) -> State:
-    """The state after one step of SGD with momentum on ``images``.
+def moved(
+    state: State, gradient: torch.Tensor, lr: float, momentum: float, name: str = "images"
+) -> State:
+    """The state after one step of SGD with momentum on the tensor ``name``, whose velocity it keeps.
 
     Raises:
         UserError: the gradient is not finite; the state before the step is kept.
     """
-    if not bool(torch.isfinite(gradient).all()):
+    check_finite(gradient, f"the gradient of the {name}", "lr_img")
+    at = velocity_of(name)
+    velocity = momentum * state.tensors[at] + gradient
+    tensors = {**state.tensors, name: state.tensors[name] - lr * velocity, at: velocity}
+    return State(tensors, state.values)
+
+
+def velocity_of(name: str) -> str:
+    """Where the state keeps the velocity of one of its tensors."""
+    return "velocity" if name == "images" else f"{name}.velocity"
+
+
+def adam_moved(
+    state: State, gradient: torch.Tensor, lr: float, betas: tuple[float, float], i: int, name: str = "images"
+) -> State:
+    """The state after step ``i`` of Adam on the tensor ``name``, whose moments it keeps.
+
+    Raises:
+        UserError: the gradient is not finite; the state before the step is kept.
+    """
+    check_finite(gradient, f"the gradient of the {name}", "lr_img")
+    rule = Adam(*betas)
+    moments = (f"{name}.first", f"{name}.second")
+    now = (state.tensors[name], *(state.tensors[m] for m in moments))
+    after = rule.step(now, gradient, torch.tensor(lr, dtype=gradient.dtype, device=gradient.device), i)
+    return State({**state.tensors, **dict(zip((name, *moments), after, strict=True))}, state.values)
+
+
+def with_moments(tensors: Mapping[str, torch.Tensor], **values: float) -> State:
+    """A state before the first step of Adam on each of its tensors."""
+    moments = {f"{n}.{m}": torch.zeros_like(t) for n, t in tensors.items() for m in ("first", "second")}
+    return State({**tensors, **moments}, dict(values))
+
+
+def clipped(gradients: Sequence[torch.Tensor], bound: float) -> tuple[list[torch.Tensor], float]:
+    """Gradients no longer than ``bound`` together, and how long they were."""
+    norm = float(torch.stack([g.norm() for g in gradients]).norm())
+    return [g * (bound / norm) if norm > bound else g for g in gradients], norm
+
+
+def check_finite(value: torch.Tensor | float, what: str, setting: str) -> None:
+    """Stop where a number is not finite.
+
+    Raises:
+        UserError: it is not; the state before the step is kept.
+    """
+    if not bool(torch.isfinite(torch.as_tensor(value)).all()):
         raise UserError(
-            "the distillation diverged: the gradient of the images is not finite",
-            fix="the last good state is kept; start again with --force and a smaller --set lr_img",
+            f"the distillation diverged: {what} is not finite",
+            fix=f"the last good state is kept; start again with --force and a smaller --set {setting}",
         )
-    velocity = momentum * state.tensors["velocity"] + gradient
-    images = state.tensors["images"] - lr * velocity
-    return State({**state.tensors, "images": images, "velocity": velocity}, state.values)
 
 
 def begin(images: torch.Tensor, **values: float) -> State:
@@ -97,9 +143,10 @@ def begin(images: torch.Tensor, **values: float) -> State:
     return State({"images": images, "velocity": torch.zeros_like(images)}, dict(values))
 
 
-def finished(problem: Problem, images: torch.Tensor, recipe: Recipe | None = None) -> DistilledDataset:
-    """A distilled set of plain images with hard class-major labels."""
+def finished(
+    problem: Problem, images: torch.Tensor, recipe: Recipe | None = None, labels: Labels | None = None
+) -> DistilledDataset:
+    """A distilled set of plain images, class by class; with hard labels where none are given."""
     real = problem.real
-    return DistilledDataset(
-        {"images": images}, Hard(problem.labels()), real.classes, real.space, recipe=recipe
-    )
+    own = Hard(problem.labels()) if labels is None else labels
+    return DistilledDataset({"images": images}, own, real.classes, real.space, recipe=recipe)

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 
-from distillens import augment
+from distillens import augment, cost
 from distillens.core.artefact import DistilledDataset
-from distillens.core.checks import UserError, at_least, one_of, positive
+from distillens.core.checks import at_least, one_of, positive
 from distillens.core.contracts import Log, Net, Problem, State
 from distillens.core.dataset import Dataset
+from distillens.core.labels import Hard
 from distillens.core.recipe import Recipe
-from distillens.core.vector import Shapes
-from distillens.distillers._pixels import Init, begin, finished, fresh, initial, moved, real_batch, small
+from distillens.distillers._pixels import (
+    Init,
+    begin,
+    check_finite,
+    clipped,
+    finished,
+    fresh,
+    initial,
+    moved,
+    small,
+)
+from distillens.distillers._unrolled import Student, outer_bytes, pixels, real_images
 from distillens.nets.convnet import ConvNet
-from distillens.unroll import unroll
+from distillens.unroll import Momentum, States, unroll
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,7 @@ class BPTT:
     augment: str = ""
     init: Init = "noise"
     mode: Literal["graph", "adjoint"] = "adjoint"
+    states: States = "stored"
     net: Net = field(default_factory=ConvNet)
 
     def __post_init__(self) -> None:
@@ -61,6 +72,7 @@ class BPTT:
         positive("bptt", inner_lr=self.inner_lr, lr_img=self.lr_img, clip=self.clip)
         one_of("init", self.init, ("real", "noise"))
         one_of("mode", self.mode, ("graph", "adjoint"))
+        one_of("states", self.states, ("stored", "recomputed"))
         augment.parse(self.augment)
 
     @classmethod
@@ -75,7 +87,6 @@ class BPTT:
                 batch_real=32,
                 lr_img=100.0,
                 init="real",
-                mode="graph",
                 net=net,
             )
         return cls(net=net)
@@ -92,61 +103,34 @@ class BPTT:
         """One training of a fresh network, and the way back."""
         key = problem.key.fold("step", i)
         params = fresh(self.net, problem, key.fold("net"))
-        shapes = Shapes.of(params)
-        real = real_batch(problem, key.fold("real"), self.batch_real)
-        k, b = real.shape[:2]
-        real_images = real.flatten(0, 1)
-        real_labels = torch.arange(k, device=real.device).repeat_interleave(b)
-        labels = problem.labels().to(real.device)
-        # Each inner step sees batch_syn images of every class: all of them up to 10 images a class.
-        per_class = min(self.batch_syn, problem.ipc)
-        everything = torch.arange(k * problem.ipc).view(k, problem.ipc)
-
-        def inner(flat: torch.Tensor, learned: Sequence[torch.Tensor], t: int) -> torch.Tensor:
-            shown, own = learned[0], labels
-            if per_class < problem.ipc:
-                place = key.fold("batch", t)
-                index = torch.cat(
-                    [
-                        row[place.fold(c).permutation(problem.ipc)[:per_class]]
-                        for c, row in enumerate(everything)
-                    ]
-                )
-                shown, own = shown[index], labels[index]
-            shown = augment.apply(shown, augment.draw(self.augment, key.fold("augment", t), len(shown)))
-            return F.cross_entropy(self.net.logits(shapes.unflatten(flat), {}, shown, "train")[0], own)
-
-        def outer(flat: torch.Tensor) -> torch.Tensor:
-            logits = self.net.logits(shapes.unflatten(flat), {}, real_images)[0]
-            return F.cross_entropy(logits, real_labels)
-
+        student = Student(self.net, params, problem, key, problem.ipc, self.batch_syn, self.augment)
+        labels = Hard(problem.labels().to(problem.real.device))
         found = unroll(
-            inner,
-            outer,
-            shapes.flatten(params),
+            student.inner(pixels, lambda _: labels),
+            student.outer(self.batch_real),
+            student.start,
             [state.tensors["images"]],
-            self.inner_lr,
-            steps=self.inner_steps,
-            momentum=self.inner_momentum,
+            torch.full((self.inner_steps,), self.inner_lr, dtype=student.start.dtype, device=labels.index.device),
+            rule=Momentum(self.inner_momentum),
             mode=self.mode,
+            states=self.states,
         )
-        gradient = found.gradients[0]
-        norm = float(gradient.norm())
-        if norm > self.clip:
-            gradient = gradient * (self.clip / norm)
-        if not torch.isfinite(torch.tensor(found.value)):
-            raise UserError(
-                "bptt: the inner training diverged",
-                fix="the last good state is kept; start again with --force and a smaller inner_lr or lr_img",
-            )
+        check_finite(found.value, "the loss after the inner training", "inner_lr or lr_img")
+        (gradient,), norm = clipped(found.gradients, self.clip)
         return moved(state, gradient, self.lr_img, self.momentum), {"loss": found.value, "norm": norm}
 
     def work(self, problem: Problem) -> float:
         """8.8 passes an image and inner step with the full graph, 11.7 with the adjoint; the real batch."""
-        k = problem.real.k
-        each = 8.8 if self.mode == "graph" else 11.7
-        inner = self.inner_steps * k * min(self.batch_syn, problem.ipc) * each
-        return self.steps * (inner + 2.9 * k * min(self.batch_real, min(map(len, problem.by_class))))
+        each = 8.8 if self.mode == "graph" else 11.7 if self.states == "stored" else 14.6
+        inner = self.inner_steps * problem.real.k * min(self.batch_syn, problem.ipc) * each
+        return self.steps * (inner + 2.9 * real_images(problem, self.batch_real))
+
+    def memory(self, problem: Problem) -> float:
+        """The unroll's and the real batch's."""
+        shown = problem.real.k * min(self.batch_syn, problem.ipc)
+        one = cost.cost(self.net, problem.real)
+        inner = one.unrolled(shown, self.inner_steps, self.mode, states=self.states)
+        return inner + outer_bytes(self.net, problem, self.batch_real)
 
     def finish(self, problem: Problem, state: State) -> DistilledDataset:
         """The images, with the training they were made for."""

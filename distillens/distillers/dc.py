@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
+from distillens import cost
 from distillens.core.artefact import DistilledDataset
 from distillens.core.checks import UserError, at_least, one_of, positive
 from distillens.core.contracts import Log, Net, Params, Problem, State
@@ -139,6 +140,11 @@ class DC:
         matching = self.outer_loop * k * (2.9 * real + 7.8 * ipc)
         training = (self.outer_loop - 1) * self.inner_loop * k * ipc * 2.9
         return self.steps * (matching + training)
+
+    def memory(self, problem: Problem) -> float:
+        """One class's: its distilled images' second-order graph and its real batch."""
+        one = cost.cost(self.net, problem.real)
+        return one.step(problem.ipc) + self.batch_real * one.first
 
     def finish(self, problem: Problem, state: State) -> DistilledDataset:
         """The images."""

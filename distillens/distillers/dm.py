@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from distillens import augment
+from distillens import augment, cost
 from distillens.core.artefact import DistilledDataset
 from distillens.core.checks import at_least, one_of, positive
 from distillens.core.contracts import Log, Net, Problem, State
@@ -88,6 +88,13 @@ class DM:
         """One forward of the real batch, forward and backward of the distilled images."""
         real = min(self.batch_real, min(map(len, problem.by_class)))
         return self.steps * problem.real.k * (real + 3.0 * problem.ipc)
+
+    def memory(self, problem: Problem) -> float:
+        """The distilled images' graph; the real batch passes through without one."""
+        one = cost.cost(self.net, problem.real)
+        real = min(self.batch_real, min(map(len, problem.by_class)))
+        # Without a graph no more than two layers are alive at once: a third of it at most.
+        return problem.real.k * (problem.ipc * one.first + real * one.first / 3)
 
     def finish(self, problem: Problem, state: State) -> DistilledDataset:
         """The images."""

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from distillens import cost
 from distillens.core.artefact import DistilledDataset
 from distillens.core.contracts import Log, Net, Problem, State
 from distillens.core.dataset import Dataset, check_per_class
@@ -46,7 +47,7 @@ class Herding:
 
     def needs(self, problem: Problem) -> Mapping[str, Any]:
         """One network trained on the real data."""
-        return {"embedding": Training(problem.real, self.net, self.recipe, (problem.key.fold("embedding"),))}
+        return {"embedding": Training(problem.real, self.net, self.recipe, (problem.shared.fold("embedding"),))}
 
     def start(self, problem: Problem) -> State:
         """The chosen indices.
@@ -72,6 +73,11 @@ class Herding:
     def work(self, problem: Problem) -> float:
         """One look at every image."""
         return float(len(problem.real))
+
+    def memory(self, problem: Problem) -> float:
+        """A class passing through the network without a graph."""
+        largest = max(map(len, problem.by_class))
+        return largest * cost.cost(self.net, problem.real).first / 3
 
     def finish(self, problem: Problem, state: State) -> DistilledDataset:
         """The chosen images."""

@@ -45,6 +45,10 @@ class RandomSubset:
         """None."""
         return 0.0
 
+    def memory(self, problem: Problem) -> float:
+        """None."""
+        return 0.0
+
     def finish(self, problem: Problem, state: State) -> DistilledDataset:
         """The chosen images."""
         return finished(problem, problem.real.images[state.tensors["index"]])
