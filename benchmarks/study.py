@@ -1,6 +1,7 @@
 """A study's figures as committed JSON.
 
     python benchmarks/study.py digits                 # the quick preset, made in runs/digits where it is missing
+    python benchmarks/study.py trajectories           # on digits too: the methods that follow or differentiate training
     python benchmarks/study.py cifar10 runs/cifar10   # from a folder that a study has finished
 
 The JSON is what README and docs quote: docs/render.py writes it into them.
@@ -17,6 +18,13 @@ from benchmarks.environment import environment
 from distillens import load, study
 from distillens.core.storage import write_json
 
+STUDIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "digits": ("digits", {}),
+    "trajectories": (
+        "digits",
+        {"methods": ("mtt", "tesla", "ftd", "datm", "wang2018", "bptt", "rtp", "rat_bptt")},
+    ),
+}
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -59,7 +67,8 @@ def collect(folder: Path) -> dict[str, Any]:
 
 def main(name: str, folder: Path) -> None:
     if not (folder / "study.json").is_file():
-        study(load(name), folder, announce=print)
+        data, wishes = STUDIES[name]
+        study(load(data), folder, announce=print, **wishes)
     write_json(RESULTS / f"{name}.json", collect(folder))
 
 

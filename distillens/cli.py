@@ -166,6 +166,15 @@ def distill(
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Threads; part of what settles the last bits.")
     ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            "--store", help="Where trainings (experts) are kept for the next run; thrown away without."
+        ),
+    ] = None,
+    experts: Annotated[
+        Path | None, typer.Option("--experts", help="A folder of imported experts to follow.")
+    ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -185,7 +194,10 @@ def distill(
             force=force,
             device=device,
             threads=threads,
+            store=store,
+            experts=experts,
             tell=tell,
+            announce=None if as_json else lambda line: print(line, file=sys.stderr, flush=True),
         )
     if as_json:
         print(json.dumps({"folder": str(to), "fingerprint": made.fingerprint, "points": len(made)}))
@@ -193,6 +205,29 @@ def distill(
         print(f"nothing to do: {to} is finished (--force does it again)")
     else:
         print(f"{len(made)} points in {to}: next, distillens evaluate {to}")
+
+
+@app.command(name="import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="A file or folder in a foreign layout.")],
+    to: Annotated[Path, typer.Option("--to", help="The folder to write.")],
+    kind: Annotated[str, typer.Option("--from", help="distillens list formats.")],
+    data: Data = "digits",
+    net: Annotated[str, typer.Option("--net", help="The network it belongs to.")] = "convnet",
+    settings: Settings = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Bring in what others have made: expert trajectories in the layout of MTT's buffers."""
+    from distillens import pipeline
+
+    found = pipeline.import_(source, kind, data, to=to, net=net, settings=settings or (), force=force)
+    if as_json:
+        print(json.dumps({"folder": str(to), "experts": len(found), "passes": found.passes}))
+    else:
+        print(
+            f"{len(found)} experts of {found.passes} passes in {to}: next, distillens distill mtt --experts {to}"
+        )
 
 
 @app.command()
@@ -281,10 +316,10 @@ def report(
 
 @app.command(name="list")
 def list_(
-    what: Annotated[str, typer.Argument(help="distillers, analyses, nets, data or protocols.")],
+    what: Annotated[str, typer.Argument(help="distillers, analyses, nets, data, formats or protocols.")],
     as_json: Json = False,
 ) -> None:
-    """What there is: distillers, analyses, nets, data, protocols."""
+    """What there is: distillers, analyses, nets, data, formats, protocols."""
     from distillens import pipeline
 
     rows = pipeline.listed(what)

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import distillens
-from distillens import analyses, distillers
+from distillens import analyses, distillers, formats, nets
 from distillens.core.artefact import DistilledDataset, Provenance
-from distillens.core.checks import UserError, at_least, unknown
+from distillens.core.checks import DivergedError, UserError, at_least, unknown
 from distillens.core.config import describe, override, settings_of
 from distillens.core.contracts import Analysis, Distiller, Problem, Sets, State
 from distillens.core.dataset import Dataset, Splits
@@ -26,11 +26,13 @@ from distillens.core.storage import read_json, write_json
 from distillens.data import load, sources
 from distillens.engine.plan import Plan, cores
 from distillens.engine.workers import Engine, pinned_threads
-from distillens.experts import Experts
 from distillens.evaluation import protocol as protocols
 from distillens.evaluation.accuracy import Accuracy
+from distillens.experts import Experts, Trajectories
+from distillens.forecast import check_fits, outlook
 from distillens.report import write
 from distillens.runs import Runs
+from distillens.train import Training
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,13 +48,14 @@ def silent(what: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class Order:
-    """One distillation to make: method, images a class, replicate, seed."""
+    """One distillation to make: method, images a class, replicate, seed; with experts that were brought along."""
 
     name: str
     distiller: Distiller
     ipc: int
     replicate: int = 0
     seed: int = 0
+    experts: Trajectories | None = None
 
     @property
     def key(self) -> Key:
@@ -63,9 +66,18 @@ class Order:
         """What the method is asked."""
         return Problem(real, self.ipc, self.key, inputs or {}, Key(self.seed, ("shared", self.replicate)))
 
+    def needs(self, real: Dataset) -> dict[str, Training | Experts]:
+        """The trainings that the method starts from, less what was brought along."""
+        needed = dict(self.distiller.needs(self.problem(real)))
+        if self.experts is not None:
+            del needed["experts"]
+        return needed
+
     def provenance(self, real: Splits, plan: Plan) -> Provenance:
         """Where the set will have come from; known before it is made."""
-        needed = self.distiller.needs(self.problem(real.train))
+        inputs = {name: need.fingerprint for name, need in self.needs(real.train).items()}
+        if self.experts is not None:
+            inputs["experts"] = self.experts.fingerprint
         return Provenance(
             method=self.name,
             settings=describe(self.distiller),
@@ -73,7 +85,7 @@ class Order:
             key=self.key,
             data=real.source,
             data_fingerprint=real.fingerprint,
-            inputs={name: training.fingerprint for name, training in needed.items()},
+            inputs=inputs,
             plan=describe(plan),
             versions=versions(),
         )
@@ -113,11 +125,17 @@ def distill(
     force: bool = False,
     device: str = "cpu",
     threads: int | None = None,
+    store: Path | None = None,
+    experts: Path | None = None,
     tell: Tell = silent,
+    announce: Callable[[str], None] | None = None,
 ) -> DistilledDataset:
     """Distil a dataset with one method.
 
-    ``threads`` are part of what settles the last bits: all cores on large images where none are named.
+    ``threads`` are part of what settles the last bits: all cores on large images where none are named. What the
+    method starts from is trained into ``store`` and stays there for the next one (experts serve all methods that
+    follow them); without one it is thrown away at the end. ``experts`` is a folder of imported ones to follow instead.
+    ``announce`` is told what it will cost, before it runs.
 
     With ``to`` the set is written there with its initialisation and its log; a finished one is loaded, an
     interrupted one goes on, one that was made otherwise is refused unless ``force``.
@@ -126,22 +144,33 @@ def distill(
     torch.Size([20, 1, 8, 8])
 
     Raises:
-        UserError: a name, a setting, the data or the folder does not fit.
+        UserError: a name, a setting, the data or the folder does not fit, or the memory does not suffice.
     """
     real = (load(data) if isinstance(data, str) else data).to(check_device(device))
     wanted = order(method, real, ipc, settings=settings, seed=seed, replicate=replicate)
-    store = to.parent / f".{to.name}.store" if to else None
+    if experts is not None:
+        if not wanted.distiller.needs_experts:
+            raise UserError(f"{method} follows no experts", fix="leave --experts out")
+        wanted = replace(wanted, experts=Trajectories.load(experts))
+    own = to.parent / f".{to.name}.store" if to and not store else None
     plan = Plan.resolve(real.train)
     plan = replace(plan, threads=threads or plan.threads)
-    with session(real, store, plan=plan, device=device) as runs:
-        done = make(wanted, real, runs, to, force=force, tell=tell)
-    if store is not None:
-        _remove(store)
+    with session(real, store or own, plan=plan, device=device) as runs:
+        done = make(wanted, real, runs, to, force=force, tell=tell, announce=announce)
+    if own is not None:
+        _remove(own)
     return done
 
 
 def make(
-    wanted: Order, real: Splits, runs: Runs, to: Path | None, *, force: bool = False, tell: Tell = silent
+    wanted: Order,
+    real: Splits,
+    runs: Runs,
+    to: Path | None,
+    *,
+    force: bool = False,
+    tell: Tell = silent,
+    announce: Callable[[str], None] | None = None,
 ) -> DistilledDataset:
     """Make one distilled set, or load it where it is already made."""
     provenance = wanted.provenance(real, runs.plan)
@@ -149,13 +178,18 @@ def make(
         claim(to, provenance.to_json(), force=force)
         if (to / "provenance.json").is_file():
             return DistilledDataset.load(to)
+    bare = wanted.problem(real.train, {} if wanted.experts is None else {"experts": wanted.experts})
+    if announce is None or not wanted.distiller.steps:
+        check_fits(wanted.name, wanted.distiller, bare)
+    else:
+        announce(outlook(wanted.name, wanted.distiller, bare, runs.plan, runs.engine.workers).text())
     problem = wanted.problem(real.train, inputs_of([wanted], real, runs, tell)[0])
     return run(wanted.distiller, problem, provenance, to, tell)
 
 
 def inputs_of(orders: Sequence[Order], real: Splits, runs: Runs, tell: Tell = silent) -> list[dict[str, Any]]:
     """What each method starts from, trained together where it is missing."""
-    needs = [one.distiller.needs(one.problem(real.train)) for one in orders]
+    needs = [one.needs(real.train) for one in orders]
     runs.make(
         [training for each in needs for training in each.values()],
         report=lambda done, total: tell("training what the methods start from", done, total),
@@ -165,7 +199,8 @@ def inputs_of(orders: Sequence[Order], real: Splits, runs: Runs, tell: Tell = si
             name: runs.trajectories(need) if isinstance(need, Experts) else runs.get(need)[0]
             for name, need in each.items()
         }
-        for each in needs
+        | ({} if one.experts is None else {"experts": one.experts})
+        for one, each in zip(orders, needs, strict=True)
     ]
 
 
@@ -176,7 +211,12 @@ def run(
     to: Path | None,
     tell: Tell = silent,
 ) -> DistilledDataset:
-    """All steps of one distillation, with a checkpoint now and then, and the finished set."""
+    """All steps of one distillation, with a checkpoint now and then, and the finished set.
+
+    Raises:
+        UserError: a step cannot be done. What was reached is kept: as a checkpoint, and as a set of its own in
+            ``last_good`` where the numbers left the finite.
+    """
     started = distiller.start(problem)
     state, first = started, 0
     history: dict[str, list[float]] = {}
@@ -185,7 +225,16 @@ def run(
         state, first, history = _resume(checkpoint)
     last_saved = time.monotonic()
     for i in range(first, distiller.steps):
-        state, log = distiller.step(problem, state, i)
+        try:
+            state, log = distiller.step(problem, state, i)
+        except (UserError, KeyboardInterrupt) as error:
+            if checkpoint is not None:
+                _checkpoint(checkpoint, state, i, history)
+            if not isinstance(error, DivergedError):
+                raise
+            raise DivergedError(
+                f"{error}{_last_good(distiller, problem, provenance, state, i, to)}"
+            ) from error
         for name, value in log.items():
             history.setdefault(name, []).append(value)
         tell(f"distilling with {provenance.method}", i + 1, distiller.steps)
@@ -201,6 +250,21 @@ def run(
         done.save(to)
         checkpoint.unlink(missing_ok=True)
     return done
+
+
+def _last_good(
+    distiller: Distiller, problem: Problem, provenance: Provenance, state: State, step: int, to: Path | None
+) -> str:
+    """Keep the set that a diverging run had reached, and say where.
+
+    It is the set of a run of so many steps, and its provenance says so.
+    """
+    if to is None or not step:
+        return f" (after {step} steps)"
+    shorter = {**provenance.settings, "steps": step}
+    kept = replace(distiller.finish(problem, state), provenance=replace(provenance, settings=shorter))
+    kept.save(to / "last_good")
+    return f"; the set after {step} steps: {to / 'last_good'}"
 
 
 def _checkpoint(path: Path, state: State, step: int, history: Mapping[str, list[float]]) -> None:
@@ -413,18 +477,41 @@ def analyses_of(name: str) -> list[str]:
     return in_room or [name]
 
 
+def import_(
+    source: Path,
+    kind: str,
+    data: Splits | str,
+    *,
+    to: Path,
+    net: str = "convnet",
+    settings: Sequence[str] = (),
+    force: bool = False,
+) -> Trajectories:
+    """Bring in what others have made: now expert trajectories (``mtt_buffer``), for ``distill(..., experts=to)``.
+
+    ``net`` with ``settings`` (``width=64``) is the network they are of.
+
+    Raises:
+        UserError: the format is unknown, the file does not fit it or the network, or the folder is taken.
+    """
+    like = (load(data) if isinstance(data, str) else data).train
+    network: Any = nets.room.find(net)
+    chosen = override(network.defaults(like), settings)
+    found: Trajectories = formats.room.find(kind).read(source, chosen, like, to, force=force)
+    return found
+
+
 def write_report(folder: Path, *others: Path, to: Path | None = None) -> Path:
     """Write the report of one run folder or several; the path of the page."""
     return write(folder, *others, to=to)
 
 
 def listed(what: str) -> list[dict[str, Any]]:
-    """What there is of a kind: distillers, analyses, nets, data or protocols.
+    """What there is of a kind: distillers, analyses, nets, data, formats or protocols.
 
     Raises:
         UserError: there is no such kind.
     """
-    from distillens import nets
 
     def first_line(item: Any) -> str:
         return str(item.__doc__ or "").strip().partition("\n")[0]
@@ -444,6 +531,9 @@ def listed(what: str) -> list[dict[str, Any]]:
         ],
         "nets": lambda: [
             {"name": name, "about": first_line(nets.room.find(name))} for name in nets.room.names()
+        ],
+        "formats": lambda: [
+            {"name": name, "about": first_line(formats.room.find(name))} for name in formats.room.names()
         ],
         "data": lambda: [{"name": name} for name in sources()],
         "protocols": lambda: [

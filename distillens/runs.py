@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -12,7 +13,7 @@ import torch
 
 from distillens.core.checks import UserError
 from distillens.core.config import describe
-from distillens.core.storage import fingerprint, read_tensors, write_tensors
+from distillens.core.storage import fingerprint, read_header, read_tensors, write_tensors
 from distillens.core.vector import Shapes
 from distillens.engine.plan import Plan
 from distillens.engine.workers import Engine
@@ -53,18 +54,30 @@ class Runs:
         return [Population.joined([self._load(part) for part in chunks(t, self.plan)]) for t in trainings]
 
     def trajectories(self, experts: Experts, *, report: Report | None = None) -> Trajectories:
-        """The experts' way, made now where the store has none that goes as far. Nothing of it is read yet."""
+        """The experts' way, made now where the store has none that goes as far. Of files the headers are read."""
         self.make([experts], report=report)
         parts = experts.cut(self.plan)
-        found = [self._find(part) for part in parts]
-        params, _ = experts.net.init(experts.data, experts.keys[0])
+        size = experts.shapes.size
         return Trajectories(
             experts.net,
-            Shapes.of(params),
+            experts.shapes,
             experts.passes,
-            tuple(part for part in found if part is not None),
+            tuple(self._found(part, size) for part in parts),
             tuple(len(part.keys) for part in parts),
         )
+
+    def _found(self, part: Experts, size: int) -> Path | torch.Tensor:
+        found = self._find(part, size)
+        if found is None:  # another process has cleared it away in the meantime
+            self.make([part])
+            found = self._find(part, size)
+        if found is None:
+            raise UserError(
+                f"experts in {self.folder} are removed while they are in use",
+                fix="give each process a store of its own, or run the command again",
+            )
+        # A worker may stand in another folder than this process.
+        return found.absolute() if isinstance(found, Path) else found
 
     def make(self, requests: Iterable[Request], *, report: Report | None = None) -> None:
         """See that the store has these populations and experts, without reading them."""
@@ -107,29 +120,37 @@ class Runs:
                 if not present:
                     yield part
         # Of experts that differ in length alone the longest serve all.
-        experts = [part for r in requests if isinstance(r, Experts) for part in r.cut(self.plan)]
-        for part in sorted(experts, key=lambda part: -part.passes):
-            name = self._name(part)
-            if name not in asked and self._find(part) is None:
-                yield part
-            asked.add(name)
+        wanted = [request for request in requests if isinstance(request, Experts)]
+        for experts in sorted(wanted, key=lambda experts: -experts.passes):
+            for each in experts.cut(self.plan):
+                name = self._name(each)
+                if name not in asked and self._find(each, experts.shapes.size) is None:
+                    yield each
+                asked.add(name)
 
     def _name(self, part: Request) -> str:
         # Experts of any length have one name: their shortest training's.
         what = part.lasting(1) if isinstance(part, Experts) else part
         return fingerprint(what.fingerprint, describe(self.plan), torch.__version__, part.data.device.type)
 
-    def _find(self, part: Experts) -> Path | torch.Tensor | None:
-        """Where these experts' trajectories lie, if any go as far."""
+    def _find(self, part: Experts, size: int) -> Path | torch.Tensor | None:
+        """Where the trajectories of these experts of ``size`` parameters lie, if any go as far.
+
+        A damaged file is worth no more than none: it is removed.
+        """
         name = self._name(part)
         if self.folder is None:
             known = self._trajectories.get(name)
             return None if known is None or known.shape[1] <= part.passes else known
         for path in sorted((self.folder / "experts").glob(f"{name[:40]}.*.safetensors")):
-            if int(path.name.split(".")[1]) >= part.passes:
+            digits = path.name.split(".")[1]
+            if not digits.isdecimal() or int(digits) < part.passes:
+                continue
+            if _is_whole(path, (len(part.keys), int(digits) + 1, size)):
                 self._used.add(path)
-                path.touch()
+                _touch(path)
                 return path
+            path.unlink(missing_ok=True)
         return None
 
     def _path(self, name: str) -> Path:
@@ -175,7 +196,7 @@ class Runs:
             self.make([part])
             tensors, metadata = read_tensors(path)
             about = json.loads(metadata["about"])
-        path.touch()
+        _touch(path)
         return Population(
             part.net,
             Shapes(tuple(about["names"]), tuple(tuple(s) for s in about["shapes"])),
@@ -202,3 +223,17 @@ class Runs:
             if path not in self._used:
                 path.unlink(missing_ok=True)
                 total -= size
+
+
+def _is_whole(path: Path, shape: tuple[int, int, int]) -> bool:
+    """Whether a file holds snapshots [e, t, P] of that shape, by its header and size."""
+    try:
+        return read_header(path, "snapshots")[1] == shape
+    except UserError:
+        return False
+
+
+def _touch(path: Path) -> None:
+    """Note that a file was used now; one that has gone in the meantime stays away."""
+    with suppress(FileNotFoundError):
+        os.utime(path)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distillens import analyses, distillers, pipeline
+from distillens import forecast as forecasts
 from distillens.core.artefact import DistilledDataset, Provenance
 from distillens.core.checks import UserError, unknown
 from distillens.core.config import describe, override
@@ -21,9 +22,10 @@ from distillens.engine.plan import Plan, cores
 from distillens.engine.workers import pinned_threads
 from distillens.evaluation import protocol as protocols
 from distillens.evaluation.accuracy import Accuracy
+from distillens.experts import Experts
 from distillens.pipeline import Order, Tell, analysis_key, claim, inputs_of, session, silent, versions
 from distillens.runs import Runs
-from distillens.train import Training, chunks, train
+from distillens.train import Training, chunks
 
 METHODS = ("dm", "dc", "mtt", "bptt")
 BASELINES = ("random_subset", "herding")
@@ -190,32 +192,52 @@ class Forecast:
 
     def text(self) -> str:
         """One line."""
-        minutes = self.seconds / 60
-        span = f"{minutes:.0f} min" if minutes >= 2 else f"{self.seconds:.0f} s"
-        return f"{self.sets} sets to distil, {self.models:,} models to train: about {span}"
+        return (
+            f"{self.sets} sets to distil, {self.models:,} models to train: "
+            f"about {forecasts.duration(self.seconds)}"
+        )
 
 
 def forecast(study: Study, workers: int) -> Forecast:
-    """The cost of a whole study: trainings counted exactly, time from one short training on this machine.
+    """The cost of a whole study: trainings counted exactly, time from a few steps of each method and of one model.
 
     Random subsets stand in for the sets that are not there yet: they have the same sizes.
+
+    Raises:
+        UserError: as many distillations as there are workers do not fit into the free memory.
     """
     real = study.real
-    problems = [one.problem(real.train) for one in study.orders]
-    trainings = [
-        training
-        for one, problem in zip(study.orders, problems, strict=True)
-        for training in one.distiller.needs(problem).values()
-    ]
-    passes = sum(one.distiller.work(p) for one, p in zip(study.orders, problems, strict=True))
+    seconds, trainings = 0.0, []
+    kinds = {(one.name, one.ipc): one for one in study.orders}
+    for one in kinds.values():
+        alike = [other for other in study.orders if (other.name, other.ipc) == (one.name, one.ipc)]
+        problem = one.problem(real.train)
+        forecasts.check_fits(one.name, one.distiller, problem, at_once=min(workers, len(alike)))
+        with pinned_threads(study.plan.threads):
+            each = forecasts.seconds_a_step(one.distiller, problem)
+        if each is not None:
+            seconds += len(alike) * one.distiller.steps * each
+    experts: dict[str, Experts] = {}
+    for one in study.orders:
+        for need in one.needs(real.train).values():
+            if not isinstance(need, Experts):
+                trainings.append(need)
+                continue
+            kind = need.lasting(1).fingerprint  # of experts that differ in length alone the longest serve all
+            if kind not in experts or experts[kind].passes < need.passes:
+                experts[kind] = need
+    trainings += [need.training for need in experts.values()]
     for ipc in study.ipc:
         stand_in = _stand_ins(study, ipc)
         for question in study.questions(ipc):
             trainings += question.trainings(stand_in, real, key=analysis_key(study.seed))
     distinct = {part.fingerprint: part for t in trainings for part in chunks(t, study.plan)}
-    passes += sum(2.93 * part.image_steps for part in distinct.values())
+    accuracy = study.questions(study.ipc[0])[0]
+    short = Training(real.train, accuracy.net, accuracy.protocol.recipe, (analysis_key(0),))
+    passes = sum(2.93 * part.image_steps for part in distinct.values())
+    seconds += passes * forecasts.seconds_a_pass(short, study.plan)
     models = sum(len(part.keys) for part in distinct.values())
-    return Forecast(len(study.orders), models, passes * _seconds_a_pass(study) / workers)
+    return Forecast(len(study.orders), models, seconds / workers)
 
 
 def _stand_ins(study: Study, ipc: int) -> Sets:
@@ -233,25 +255,6 @@ def _stand_ins(study: Study, ipc: int) -> Sets:
         {name: many(name) for name in BASELINES},
         {name: many(f"{name}, start") for name in learned},
     )
-
-
-def _seconds_a_pass(study: Study) -> float:
-    """Seconds of one forward pass of one image, from a few training steps of one model."""
-    accuracy = study.questions(study.ipc[0])[0]
-    data = study.real.train.take(study.real.train.by_class[0][:100])
-    training = Training(
-        data,
-        accuracy.net,
-        accuracy.protocol.recipe.but(steps=4, batch=None, schedule="constant"),
-        (analysis_key(0),),
-    )
-    times = []
-    with pinned_threads(study.plan.threads):
-        for _ in range(4):  # the first one warms up; the fastest is the least disturbed
-            begun = time.perf_counter()
-            train(training, study.plan)
-            times.append(time.perf_counter() - begun)
-    return min(times) / (2.93 * training.image_steps)
 
 
 def study(

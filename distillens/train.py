@@ -335,7 +335,8 @@ def _flat_minimum(
     """
 
     def norm(x: torch.Tensor) -> torch.Tensor:
-        return x.norm(dim=1, keepdim=True)
+        length: torch.Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        return length
 
     tiny = 1e-12  # as in the authors' code
     away = flat.square() * plain * (recipe.rho / (norm(flat.abs() * plain) + tiny))

@@ -152,7 +152,7 @@ def unroll(
     learned: Sequence[torch.Tensor],
     rates: torch.Tensor,
     *,
-    rule: Rule = Momentum(),  # noqa: B008
+    rule: Rule = Momentum(),
     mode: Mode = "adjoint",
     window: int | None = None,
     states: States = "stored",

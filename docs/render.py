@@ -75,7 +75,56 @@ def claims_table(name: str) -> str:
     return "\n".join(lines)
 
 
+def tesla_table() -> str:
+    """TESLA's gradient against the exact one, by number of inner steps."""
+    saved = json.loads((RESULTS / "tesla.json").read_text())
+    lines = [
+        "| data | images a class | inner steps | cosine | length, TESLA / exact | step size's gradient, TESLA / exact |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in saved["rows"]:
+        name = f"{row['data']}, ConvNet width {row['width']}, rate {row['lr']:g}"
+        figures = [_estimate(row[key], 2 if key == "rate" else 3) for key in ("cosine", "length", "rate")]
+        lines.append(f"| {name} | {row['ipc']} | {row['steps']} | {' | '.join(figures)} |")
+    n = saved["rows"][0]["cosine"]["n"]
+    lines += ["", f"Means with 95 % intervals over n = {n} experts; commit {saved['environment']['commit']}."]
+    return "\n".join(lines)
+
+
+def curve_table(name: str) -> str:
+    """Accuracy along distillations, with what stands beside each."""
+    saved = json.loads((RESULTS / f"curve-{name}.json").read_text())
+    lines = [
+        "| method | step | test accuracy | loss | hours | random subset | full data |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    notes = []
+    for one in saved["curves"]:
+        for point in one["points"]:
+            loss = "" if point["loss"] is None else f"{point['loss']:.3f}"
+            cells = (
+                one["method"],
+                str(point["step"]),
+                _estimate(point["accuracy"]),
+                loss,
+                f"{point['seconds'] / 3600:.2f}",
+                f"{one['random_subset']['value']:.3f}",
+                f"{one['full']['value']:.3f}",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+        width, depth = one["net"]["width"], one["net"]["depth"]
+        notes.append(
+            f"{one['method']}: {one['ipc']} images a class, ConvNet D{depth} **W{width}**, protocol {one['protocol']}, "
+            f"{' '.join(f'`{s}`' for s in one['changed'])}; inputs trained in {one['seconds_before'] / 60:.0f} min; "
+            f"{one['environment']['device']}, commit {one['environment']['commit']}."
+        )
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes)])
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
+    "tesla": tesla_table,
+    "trajectories accuracy": lambda: accuracy_table("trajectories"),
+    "cifar10 curves": lambda: curve_table("cifar10"),
     "digits accuracy": lambda: accuracy_table("digits"),
     "digits claims": lambda: claims_table("digits"),
     "cifar10 accuracy": lambda: accuracy_table("cifar10"),

@@ -138,8 +138,11 @@ class DistilledDataset:
 
     @property
     def ipc(self) -> float:
-        """Stored points a class."""
-        return len(self) / len(self.classes)
+        """Images a class that the set counts as: the storage it was given, or points a class where nobody said.
+
+        A method that stores bases trains on more images than these.
+        """
+        return float(self.provenance.ipc) if self.provenance else len(self) / len(self.classes)
 
     def dataset(self) -> Dataset:
         """The images to train on, with their labels."""

@@ -21,6 +21,10 @@ class UserError(ValueError):
         super().__init__("; ".join(parts))
 
 
+class DivergedError(UserError):
+    """A computation that left the finite numbers; the state before it is good."""
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a name that is not on the list, with the nearest name as a suggestion."""
     names = sorted(known)

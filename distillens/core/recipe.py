@@ -43,7 +43,9 @@ class Recipe:
         positive("recipe", lr=self.lr)
         if self.gsam_alpha and not self.rho:
             raise UserError(
-                "recipe: gsam_alpha does nothing without rho", got=f"{self.gsam_alpha!r}", fix="set rho=0.01, say"
+                "recipe: gsam_alpha does nothing without rho",
+                got=f"{self.gsam_alpha!r}",
+                fix="set rho=0.01, say",
             )
         if self.momentum >= 1:
             raise UserError("recipe: momentum must be below 1", got=f"{self.momentum!r}")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,18 +34,25 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         UserError: the disk is full, read-only, or not ours to write; the earlier file is untouched.
     """
+    _write(path, [data])
+
+
+def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
     # The process number keeps two writers on one folder apart; the last rename wins, whole.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            file.write(data)
+            for piece in pieces:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
+    except BaseException as error:
         with suppress(OSError):  # the folder itself may be out of reach: the first error says why
             temporary.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         advice = _DISK_ERRORS.get(error.errno or 0, error.strerror or str(error))
         raise UserError(f"cannot write {path}", fix=advice) from error
 
@@ -104,40 +112,80 @@ def write_tensors(
     write_bytes(path, save(whole, dict(metadata or {})))
 
 
+def write_pieces(
+    path: Path, name: str, shape: tuple[int, ...], pieces: Iterable[torch.Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write one float32 tensor of ``shape`` from contiguous pieces that never lie in memory together.
+
+    The bytes are those of ``write_tensors`` (tested), which holds the whole tensor several times over.
+
+    Raises:
+        UserError: the file cannot be written.
+        ValueError: the pieces do not add up to the shape; nothing is written.
+    """
+    size = 4 * math.prod(shape)
+    about = {"dtype": "F32", "shape": list(shape), "data_offsets": [0, size]}
+    header = json.dumps({"__metadata__": dict(metadata), name: about}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # the format starts its numbers at a multiple of 8
+
+    def everything() -> Iterator[bytes | memoryview]:
+        yield len(header).to_bytes(8, "little") + header
+        written = 0
+        for piece in pieces:
+            data = piece.numpy().data.cast("B")
+            written += len(data)
+            yield data
+        if written != size:
+            raise ValueError(f"{written} bytes for a tensor {list(shape)} of {size}")
+
+    _write(path, everything())
+
+
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors and the metadata in a safetensors file; nothing in it can run.
 
     Raises:
         UserError: there is no such file, or it is damaged.
     """
-    from safetensors import SafetensorError, safe_open
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 
-    if not path.is_file():
-        raise UserError(f"there is no file {path}")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, ValueError, OSError) as error:
-        raise UserError(
-            f"{path} is not a whole safetensors file", got=str(error), fix="make it again"
-        ) from error
+
+def read_header(path: Path, name: str) -> tuple[str, tuple[int, ...], dict[str, str]]:
+    """Kind of number (``F32``) and shape of a tensor in a safetensors file, and the metadata; no number is read.
+
+    The format checks the file's size against its header: what was cut short or grew is refused.
+
+    Raises:
+        UserError: there is no such file or tensor, or it is damaged.
+    """
+    with _opened(path) as file:
+        entry = file.get_slice(name)
+        return entry.get_dtype(), tuple(entry.get_shape()), dict(file.metadata() or {})
 
 
 def read_slice(path: Path, name: str, *index: int) -> torch.Tensor:
     """One entry of a tensor in a safetensors file; only its own bytes are read.
 
     Raises:
-        UserError: there is no such file or tensor, or it is damaged.
+        UserError: there is no such file, tensor or entry, or it is damaged.
     """
+    with _opened(path) as file:
+        entry: torch.Tensor = file.get_slice(name)[index]
+        return entry.clone()  # what is read lies in the file's map until it is copied
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, memory-mapped; what goes wrong inside is told as the user's error."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         raise UserError(f"there is no file {path}")
     try:
         with safe_open(str(path), framework="pt") as file:
-            entry: torch.Tensor = file.get_slice(name)[index]
-            return entry.clone()
-    except (SafetensorError, ValueError, OSError) as error:
+            yield file
+    except (SafetensorError, ValueError, OSError, IndexError) as error:
         raise UserError(
             f"{path} is not a whole safetensors file", got=str(error), fix="make it again"
         ) from error

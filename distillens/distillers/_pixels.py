@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from distillens.core.artefact import DistilledDataset
-from distillens.core.checks import UserError
+from distillens.core.checks import DivergedError, UserError
 from distillens.core.contracts import Like, Net, Params, Problem, State
 from distillens.core.dataset import check_per_class
 from distillens.core.labels import Hard, Labels
@@ -77,19 +77,18 @@ def real_batch(problem: Problem, key: Key, per_class: int) -> torch.Tensor:
     return problem.real.images[index]
 
 
-def moved(
-    state: State, gradient: torch.Tensor, lr: float, momentum: float, name: str = "images"
-) -> State:
+def moved(state: State, gradient: torch.Tensor, lr: float, momentum: float, name: str = "images") -> State:
     """The state after one step of SGD with momentum on the tensor ``name``, whose velocity it keeps.
 
     Raises:
-        UserError: the gradient is not finite; the state before the step is kept.
+        DivergedError: the gradient is not finite; the state before the step is kept.
     """
     check_finite(gradient, f"the gradient of the {name}", "lr_img")
     at = velocity_of(name)
     velocity = momentum * state.tensors[at] + gradient
-    tensors = {**state.tensors, name: state.tensors[name] - lr * velocity, at: velocity}
-    return State(tensors, state.values)
+    after = state.tensors[name] - lr * velocity
+    check_finite(after, f"the step of the {name}", "lr_img")
+    return State({**state.tensors, name: after, at: velocity}, state.values)
 
 
 def velocity_of(name: str) -> str:
@@ -103,7 +102,7 @@ def adam_moved(
     """The state after step ``i`` of Adam on the tensor ``name``, whose moments it keeps.
 
     Raises:
-        UserError: the gradient is not finite; the state before the step is kept.
+        DivergedError: the gradient is not finite; the state before the step is kept.
     """
     check_finite(gradient, f"the gradient of the {name}", "lr_img")
     rule = Adam(*betas)
@@ -129,10 +128,10 @@ def check_finite(value: torch.Tensor | float, what: str, setting: str) -> None:
     """Stop where a number is not finite.
 
     Raises:
-        UserError: it is not; the state before the step is kept.
+        DivergedError: it is not; the state before the step is kept.
     """
     if not bool(torch.isfinite(torch.as_tensor(value)).all()):
-        raise UserError(
+        raise DivergedError(
             f"the distillation diverged: {what} is not finite",
             fix=f"the last good state is kept; start again with --force and a smaller --set {setting}",
         )

@@ -170,7 +170,7 @@ class Matching(ABC):
         """The student's training and the way back. ``learned`` are the images [k * ipc, c, h, w] and what follows.
 
         Raises:
-            UserError: the loss is not finite; the state before the step is kept.
+            DivergedError: the loss is not finite; the state before the step is kept.
         """
         experts: Trajectories = problem.inputs["experts"]
         hard = Hard(problem.labels().to(learned[0].device))

@@ -71,9 +71,7 @@ class Student:
         def loss(flat: torch.Tensor, learned: Sequence[torch.Tensor], t: int) -> torch.Tensor:
             index = self.batch(t)
             shown, labels = show(learned, index), labels_of(learned)
-            shown = augment.apply(
-                shown, augment.draw(self.augment, self.key.fold("augment", t), len(shown))
-            )
+            shown = augment.apply(shown, augment.draw(self.augment, self.key.fold("augment", t), len(shown)))
             logits = self.net.logits(shapes.unflatten(flat), {}, shown, "train")[0]
             return (labels if index is None else labels.take(index)).loss(logits).mean()
 

@@ -110,7 +110,9 @@ class BPTT:
             student.outer(self.batch_real),
             student.start,
             [state.tensors["images"]],
-            torch.full((self.inner_steps,), self.inner_lr, dtype=student.start.dtype, device=labels.index.device),
+            torch.full(
+                (self.inner_steps,), self.inner_lr, dtype=student.start.dtype, device=labels.index.device
+            ),
             rule=Momentum(self.inner_momentum),
             mode=self.mode,
             states=self.states,

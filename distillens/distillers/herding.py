@@ -47,7 +47,9 @@ class Herding:
 
     def needs(self, problem: Problem) -> Mapping[str, Any]:
         """One network trained on the real data."""
-        return {"embedding": Training(problem.real, self.net, self.recipe, (problem.shared.fold("embedding"),))}
+        return {
+            "embedding": Training(problem.real, self.net, self.recipe, (problem.shared.fold("embedding"),))
+        }
 
     def start(self, problem: Problem) -> State:
         """The chosen indices.

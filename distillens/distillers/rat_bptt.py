@@ -186,8 +186,6 @@ class RaTBPTT:
 
     def finish(self, problem: Problem, state: State) -> DistilledDataset:
         """The images (and learned labels), with the training they were made for."""
-        recipe = Recipe(
-            steps=1000, optimiser="adam", lr=self.inner_lr, momentum=0.0, augment=self.augment
-        )
+        recipe = Recipe(steps=1000, optimiser="adam", lr=self.inner_lr, momentum=0.0, augment=self.augment)
         labels = Logits(state.tensors["logits"]) if self.learn_labels else None
         return finished(problem, state.tensors["images"], recipe, labels)

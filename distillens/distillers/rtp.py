@@ -98,13 +98,23 @@ class RTP:
 
     @classmethod
     def defaults(cls, like: Dataset, ipc: int) -> RTP:
-        """The authors' loops and 16 bases of half the side; on digits' scale a short version of them."""
+        """The authors' loops and 16 bases of half the side; on digits' scale a short version of them.
+
+        With few classes there are fewer bases: half of the storage is the coefficients'.
+        """
         net = ConvNet.defaults(like)
+        _, h, w = like.shape
+
+        def fitting(wanted: int, downsample: int) -> int:
+            base = max(1, round(h / downsample)) * max(1, round(w / downsample))
+            return max(1, min(wanted, ipc * like.k * h * w // (2 * base)))
+
         if small(like):
+            downsample = 2 if ipc < 5 else 1
             return cls(
                 steps=60,
-                n_bases=8 if ipc < 5 else 24,
-                downsample=2 if ipc < 5 else 1,
+                n_bases=fitting(8 if ipc < 5 else 24, downsample),
+                downsample=downsample,
                 inner_steps=20,
                 inner_lr=0.1,
                 batch_real=32,
@@ -112,7 +122,7 @@ class RTP:
                 init="real",
                 net=net,
             )
-        return cls(n_bases=16 * max(1, round(ipc**0.5)), net=net)
+        return cls(n_bases=fitting(16 * max(1, round(ipc**0.5)), 2), net=net)
 
     def side(self, problem: Problem) -> tuple[int, int]:
         """Height and width of a base."""
@@ -198,7 +208,9 @@ class RTP:
             student.outer(self.batch_real),
             student.start,
             [state.tensors["bases"], state.tensors["coefficients"]],
-            torch.full((self.inner_steps,), self.inner_lr, dtype=student.start.dtype, device=labels.index.device),
+            torch.full(
+                (self.inner_steps,), self.inner_lr, dtype=student.start.dtype, device=labels.index.device
+            ),
             rule=Momentum(self.inner_momentum),
             mode=self.mode,
             states=self.states,

@@ -43,6 +43,7 @@ class Engine:
         self.workers = workers
         self.threads = threads
         self._pool: ProcessPoolExecutor | None = None
+        self._knows_main = False  # whether the pool's workers have imported the user's own script
         self._spool: tempfile.TemporaryDirectory[str] | None = None
         self._sent: dict[int, tuple[torch.Tensor, str]] = {}
 
@@ -107,12 +108,18 @@ class Engine:
             raise
 
     def _submit(self, packed: bytes) -> Future[Any]:
+        needs_main = b"__main__" in packed  # a network that the user's script defines, say
+        if needs_main and not self._knows_main and self._pool is not None:
+            self._pool.shutdown()  # what runs is finished first: its results are in their futures
+            self._pool = None
         if self._pool is None:
+            self._knows_main = needs_main
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["distillens.train"])  # workers fork with torch at hand
             self._pool = ProcessPoolExecutor(self.workers, context, _begin, (self.threads,))
         try:
-            return self._pool.submit(_run, packed)
+            with contextlib.nullcontext() if self._knows_main else _without_main():
+                return self._pool.submit(_run, packed)
         except BrokenProcessPool:
             # A worker died between two jobs: nothing was lost, a new pool takes over.
             self._stop()
@@ -139,6 +146,24 @@ class Engine:
         write_tensors(path, {"tensor": tensor})
         self._sent[id(tensor)] = (tensor, str(path))  # holding the tensor keeps its id its own
         return str(path)
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Start workers that do not import the user's script, which need not be written for that.
+
+    A worker of ``multiprocessing`` runs the main script again on its start; one without the ``__main__`` guard would
+    start its whole work anew in each. Our jobs are functions of the package and need none of it.
+    """
+    main = sys.modules["__main__"]
+    hidden: dict[str, Any] = {
+        name: vars(main).pop(name) for name in ("__spec__", "__file__") if name in vars(main)
+    }
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        vars(main).update(hidden)
 
 
 class _Pickler(pickle.Pickler):

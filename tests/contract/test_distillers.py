@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import subprocess
@@ -11,6 +12,7 @@ from dataclasses import FrozenInstanceError, fields, replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -22,18 +24,21 @@ from distillens.core.checks import UserError
 from distillens.core.config import describe, override, restore, settings_of
 from distillens.core.contracts import Distiller, Log, Problem, State
 from distillens.core.dataset import Dataset, Splits
+from distillens.core.decode import Pixels
 from distillens.core.rng import Key
 from distillens.core.space import same_space
 from distillens.core.storage import fingerprint, read_json
 from distillens.data.planted import planted
 from distillens.engine.plan import Plan
+from distillens.experts import Experts, Trajectories
 from distillens.runs import Runs
 
 IPC = 2
 STEPS = 3
 FAMILIES = {"gradient", "distribution", "trajectory", "unrolled", "coreset"}
 
-# What makes any method quick, where it has such a setting. A new method adds its own loops here.
+# What makes any method quick, where it has such a setting; each change must fit those before it. A new method adds
+# its own loops here.
 TINY = {
     "steps": str(STEPS),
     "net.depth": "1",
@@ -41,6 +46,7 @@ TINY = {
     "batch_real": "4",
     "batch_syn": "1",
     "batch_train": "4",
+    "window": "2",
     "inner_steps": "3",
     "inner_loop": "2",
     "outer_loop": "2",
@@ -48,7 +54,15 @@ TINY = {
     "experts": "2",
     "expert_epochs": "1",
     "expert_batch": "8",
+    "expansion_end": "2",
+    "first_max_start_epoch": "1",
     "max_start_epoch": "2",
+    "threshold": "1e9",  # no step is skipped
+    "n_bases": "4",
+    "n_nets": "2",
+    "per_step": "1",
+    "distill_epochs": "2",
+    "redraw": "2",
     "recipe.steps": "4",
     "augment": "color_crop_cutout_flip_scale_rotate",
 }
@@ -72,11 +86,30 @@ def tiny(name: str, data: Dataset, ipc: int = IPC, **changes: str) -> Distiller:
     return override(method, [f"{field}={text}" for field, text in wanted.items()])
 
 
-def problem_of(method: Distiller, data: Dataset, ipc: int = IPC, key: Key = Key(0, ("contract",))) -> Problem:
-    bare = Problem(data, ipc, key)
-    runs = Runs(Plan())
-    needs = method.needs(bare)
-    return replace(bare, inputs={place: runs.get(training)[0] for place, training in needs.items()})
+def problem_of(
+    method: Distiller,
+    data: Dataset,
+    ipc: int = IPC,
+    key: Key = Key(0, ("contract",)),
+    shared: Key = Key(0, ("shared",)),
+) -> Problem:
+    bare = Problem(data, ipc, key, shared=shared)
+    return replace(bare, inputs=inputs_of(method, bare, Runs(Plan())))
+
+
+def inputs_of(method: Distiller, problem: Problem, runs: Runs) -> dict[str, Any]:
+    """What the method starts from, as the pipeline hands it over."""
+    return {
+        place: runs.trajectories(need) if isinstance(need, Experts) else runs.get(need)[0]
+        for place, need in method.needs(problem).items()
+    }
+
+
+def tensors_of(given: Any) -> list[torch.Tensor]:
+    """The numbers in an input."""
+    if isinstance(given, Trajectories):
+        return [part for part in given.parts if isinstance(part, torch.Tensor)]
+    return [given.final, given.snapshots]
 
 
 def go(
@@ -144,9 +177,11 @@ def test_traits_are_kept(name: str, channels: int) -> None:
 def test_there_are_defaults_for_every_size(name: str, shape: tuple[int, int, int], ipc: int) -> None:
     data = planted(Key(7), per_class=1, shape=shape).train
     method = distillers.room.find(name).defaults(data, ipc)
+    problem = Problem(data, ipc, Key(0))
     assert type(method) is distillers.room.find(name)
     assert method.steps == 0 or method.steps >= 10
-    assert method.work(Problem(data, ipc, Key(0))) > 0 or method.steps == 0
+    assert method.work(problem) > 0 or method.steps == 0
+    assert math.isfinite(method.memory(problem))
 
 
 @every_method
@@ -173,6 +208,20 @@ def test_work_grows_with_the_steps(name: str) -> None:
     assert double.work(problem) == pytest.approx(2 * method.work(problem))
 
 
+@every_method
+@pytest.mark.parametrize("batch", ["1", "50"])
+def test_memory_is_known_before_anything_is_trained_and_grows_with_the_set(name: str, batch: str) -> None:
+    data = real().train
+    kind = distillers.room.find(name)
+    method = tiny(name, data, batch_syn=batch)
+    found = [method.memory(Problem(data, ipc, Key(0))) for ipc in (1, 2, 3, 7, 20)]
+    assert all(type(size) is float and math.isfinite(size) and size >= 0 for size in found)
+    assert kind.selects or found[0] > 0
+    assert all(before <= after for before, after in pairwise(found))
+    if not kind.selects and batch == "50":  # every image of the set is seen in a step
+        assert found[0] < found[-1]
+
+
 # ---- the same and not the same ----
 
 
@@ -195,7 +244,9 @@ def test_another_key_gives_other_data(name: str) -> None:
     data = real().train
     found = {done.fingerprint}
     for seed in (1, 2, 3):
-        problem = problem_of(method, data, key=Key(seed))
+        # What chooses by a trained network alone draws from the shared key only; another replicate has others of both.
+        shared = Key(seed, ("shared",)) if method.selects else Key(0, ("shared",))
+        problem = problem_of(method, data, key=Key(seed), shared=shared)
         found.add(method.finish(problem, go(method, problem)[0][-1]).fingerprint)
     assert len(found) == 4 or (method.selects and len(found) > 1)
 
@@ -233,12 +284,9 @@ def test_nothing_that_was_given_is_changed(name: str, channels: int) -> None:
     problem = problem_of(method, data)
 
     def given() -> str:
-        populations = [
-            part
-            for population in problem.inputs.values()
-            for part in (population.final, population.snapshots)
-        ]
-        return fingerprint(data.images, data.labels.hard(), *populations)
+        inputs = [tensor for one in problem.inputs.values() for tensor in tensors_of(one)]
+        assert len(inputs) >= len(problem.inputs)
+        return fingerprint(data.images, data.labels.hard(), *inputs)
 
     before = given()
     state = method.start(problem)
@@ -366,20 +414,36 @@ def test_the_pipeline_goes_on_from_its_checkpoint(
 @every_method
 @every_channel
 @pytest.mark.parametrize("ipc", [1, IPC])
-def test_the_set_has_ipc_images_a_class_class_by_class(name: str, channels: int, ipc: int) -> None:
+def test_the_set_is_worth_ipc_images_a_class_class_by_class(name: str, channels: int, ipc: int) -> None:
     data = real(channels).train
     method = tiny(name, data, ipc)
     problem = problem_of(method, data, ipc)
-    done = method.finish(problem, go(method, problem)[0][-1])
+    states, _ = go(method, problem)
+    done = method.finish(problem, states[-1])
+    assert done.provenance is None  # the pipeline's to write
+    check_size(method, problem, states)
     made = done.dataset()
-    assert len(done) == len(made) == 3 * ipc
-    assert done.ipc == ipc
     assert made.shape == (channels, 8, 12)
     assert made.images.dtype == data.images.dtype
-    assert made.labels.hard().tolist() == [c for c in range(3) for _ in range(ipc)]
     assert made.classes == data.classes
     assert same_space(made.space, data.space)
-    assert done.provenance is None  # the pipeline's to write
+    assert replace(done, provenance=Provenance(name, {}, ipc, problem.key, "planted", "")).ipc == ipc
+
+
+def check_size(method: Distiller, problem: Problem, states: list[State]) -> None:
+    """Images are worth no more numbers than ``ipc`` plain ones a class; each class has as many, one after another."""
+    begun, done = method.finish(problem, states[0]), method.finish(problem, states[-1])
+    plain = 3 * problem.ipc * math.prod(problem.real.shape)
+    assert 0 < sum(tensor.numel() for tensor in done.stored.values()) <= plain
+    each, rest = divmod(len(done.dataset()), 3)
+    assert rest == 0 and each >= 1
+    by_class = [c for c in range(3) for _ in range(each)]
+    assert begun.dataset().labels.hard().tolist() == by_class
+    if not method.soft_labels:  # labels that are learned may come to favour another class
+        assert done.dataset().labels.hard().tolist() == by_class
+    if isinstance(done.decode, Pixels):
+        assert len(done) == len(done.dataset()) == 3 * problem.ipc
+        assert done.ipc == problem.ipc
 
 
 @every_method
@@ -389,9 +453,16 @@ def test_labels_that_come_in_any_order_do_not_matter(name: str) -> None:
     mixed = data.take(Key(1).permutation(len(data)))
     method = tiny(name, mixed)
     problem = problem_of(method, mixed)
-    images = method.finish(problem, method.start(problem)).dataset().images
-    if method.selects or settings_of(method).get("init") == "real":
+    begun = method.finish(problem, method.start(problem))
+    images = begun.dataset().images
+    if not method.selects and settings_of(method).get("init") != "real":
+        return
+    if isinstance(begun.decode, Pixels):
         assert origins(images, mixed) == [c for c in range(3) for _ in range(IPC)]
+    else:  # no image is stored as it is, but each is like those of its class
+        means = torch.stack([mixed.images[members].mean(0).flatten() for members in mixed.by_class])
+        nearest = torch.cdist(images.flatten(1), means).argmin(1)
+        assert nearest.tolist() == begun.dataset().labels.hard().tolist()
 
 
 def origins(images: torch.Tensor, data: Dataset) -> list[int]:
@@ -429,10 +500,22 @@ def starts_from_real(name: str) -> bool:
     return kind.selects or "init" in {field.name for field in fields(kind)}  # type: ignore[arg-type]
 
 
+def takes_real_images(name: str) -> bool:
+    """Whether the set begins as real images, each as it is: then a class must have enough of them."""
+    data = real().train
+    method = tiny(name, data, init="real")
+    problem = problem_of(method, data)
+    return isinstance(method.finish(problem, method.start(problem)).decode, Pixels)
+
+
 @pytest.mark.parametrize("name", [n for n in names if starts_from_real(n)])
 def test_a_class_with_too_few_images_is_named(name: str) -> None:
     data = scarce()
     method = tiny(name, data, 4, init="real")
+    if not takes_real_images(name):  # as many images as the storage pays for, whatever there are
+        problem = problem_of(method, data, 4)
+        check_size(method, problem, go(method, problem)[0])
+        return
     with pytest.raises(UserError) as error:
         method.start(problem_of(method, data, 4))
     assert str(error.value) == (
@@ -447,8 +530,7 @@ def test_noise_needs_no_real_image_of_its_own(name: str) -> None:
     data = scarce()
     method = tiny(name, data, 4, init="noise")
     problem = problem_of(method, data, 4)
-    done = method.finish(problem, go(method, problem)[0][-1])
-    assert done.ipc == 4
+    check_size(method, problem, go(method, problem)[0])
 
 
 @that_learn
@@ -459,7 +541,11 @@ def test_images_in_float64_stay_so(name: str) -> None:
     method = tiny(name, fine)
     problem = problem_of(method, fine)
     states, _ = go(method, problem)
-    assert states[-1].tensors["images"].dtype == torch.float64
+    for state in states:
+        assert {t.dtype for t in state.tensors.values() if t.is_floating_point()} == {torch.float64}
+    done = method.finish(problem, states[-1])
+    assert done.dataset().images.dtype == torch.float64
+    assert {t.dtype for t in done.stored.values()} == {torch.float64}
 
 
 # ---- the tests' own checks ----

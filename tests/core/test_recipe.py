@@ -24,6 +24,13 @@ from distillens.core.recipe import OPTIMISERS, SCHEDULES, Recipe
         ({"lr": -1.0}, "recipe: lr must be above 0; got -1.0"),
         ({"lr": float("inf")}, "recipe: lr must be above 0; got inf"),
         ({"batch": 0}, "recipe: batch must be at least 1; got 0"),
+        ({"rho": -0.01}, "recipe: rho must be at least 0; got -0.01"),
+        ({"rho": float("nan")}, "recipe: rho must be at least 0; got nan"),
+        ({"rho": 0.01, "gsam_alpha": -0.3}, "recipe: gsam_alpha must be at least 0; got -0.3"),
+        (
+            {"gsam_alpha": 0.3},
+            "recipe: gsam_alpha does nothing without rho; got 0.3; set rho=0.01, say",
+        ),
         ({"optimiser": "sdg"}, "unknown optimiser 'sdg'; Did you mean 'sgd'? Known: adam, adamw, sgd"),
         (
             {"schedule": "cosin"},
@@ -40,12 +47,14 @@ def test_numbers_without_sense_are_refused(changes: dict[str, Any], message: str
 def test_the_borders_of_the_ranges_are_allowed() -> None:
     Recipe(steps=0, batch=1, momentum=0.0, weight_decay=0.0, lr=1e-12)
     Recipe(momentum=0.999, batch=None)
+    Recipe(rho=0.0, gsam_alpha=0.0)
+    Recipe(rho=1e-12, gsam_alpha=5.0)
 
 
 @pytest.mark.parametrize("optimiser", OPTIMISERS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_recipe_survives_json(optimiser: Any, schedule: Any) -> None:
-    recipe = Recipe(3, 4, optimiser, 0.1, 0.2, 0.3, schedule, "flip")
+    recipe = Recipe(3, 4, optimiser, 0.1, 0.2, 0.3, schedule, "flip", 0.4, 0.5)
     assert restore(describe(recipe)) == recipe
 
 

@@ -6,7 +6,7 @@ import errno
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,14 @@ from safetensors.torch import save_file
 from distillens.core.checks import UserError
 from distillens.core.storage import (
     fingerprint,
+    read_header,
     read_json,
+    read_slice,
     read_tensors,
     sweep,
     write_bytes,
     write_json,
+    write_pieces,
     write_tensors,
 )
 
@@ -166,6 +169,99 @@ def test_a_file_of_tensors_that_is_missing_or_damaged_is_refused(tmp_path: Path)
             UserError, match=r"file.safetensors is not a whole safetensors file; got .+; make it again"
         ):
             read_tensors(path)
+
+
+@pytest.mark.parametrize("metadata", [{"sha256": "0123"}, {"a": "bc"}, {}])
+def test_pieces_give_the_bytes_of_the_whole(tmp_path: Path, metadata: dict[str, str]) -> None:
+    whole = torch.arange(2 * 3 * 5.0).reshape(2, 3, 5) / 7
+    write_tensors(tmp_path / "whole", {"numbers": whole}, metadata)
+    write_pieces(tmp_path / "pieces", "numbers", (2, 3, 5), (row for row in whole.view(6, 5)), metadata)
+    assert (tmp_path / "pieces").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+@pytest.mark.parametrize("count", [5, 7])
+def test_pieces_that_do_not_add_up_are_not_written(tmp_path: Path, count: int) -> None:
+    with pytest.raises(ValueError, match=rf"{20 * count} bytes for a tensor \[2, 3, 5\] of 120"):
+        write_pieces(tmp_path / "file", "numbers", (2, 3, 5), torch.zeros(count, 5), {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_pieces_that_stop_half_way_leave_the_earlier_file_and_nothing_else(tmp_path: Path) -> None:
+    def stopping() -> Iterator[torch.Tensor]:
+        yield torch.zeros(5)
+        raise KeyboardInterrupt
+
+    (tmp_path / "file").write_bytes(b"earlier")
+    with pytest.raises(KeyboardInterrupt):
+        write_pieces(tmp_path / "file", "numbers", (2, 5), stopping(), {})
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"earlier")]
+
+
+def test_a_header_says_kind_shape_and_metadata(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "file", TENSORS, {"about": "x"})
+    assert read_header(tmp_path / "file", "double") == ("F64", (2, 3), {"about": "x"})
+    assert read_header(tmp_path / "file", "scalar") == ("F32", (), {"about": "x"})
+    with pytest.raises(
+        UserError, match=r"file is not a whole safetensors file; got .*nothing.*; make it again"
+    ):
+        read_header(tmp_path / "file", "nothing")
+
+
+def test_a_header_notices_a_file_of_another_size(tmp_path: Path) -> None:
+    path = tmp_path / "file.safetensors"
+    with pytest.raises(UserError, match=r"there is no file .*file.safetensors"):
+        read_header(path, "whole")
+    write_tensors(path, TENSORS)
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:10], whole[:-1], whole + b"\0"):
+        path.write_bytes(damaged)
+        for look in (lambda: read_header(path, "whole"), lambda: read_slice(path, "whole", 0)):
+            with pytest.raises(UserError, match=r"file.safetensors is not a whole safetensors file; got .+"):
+                look()
+
+
+def test_a_slice_is_an_entry_of_its_own(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "file", TENSORS)
+    row = read_slice(tmp_path / "file", "double", 1)
+    assert torch.equal(row, TENSORS["double"][1])
+    row.zero_()
+    assert torch.equal(read_slice(tmp_path / "file", "double", 1, 2), TENSORS["double"][1, 2])
+    for name, index in (("double", (2,)), ("double", (0, 3)), ("nothing", (0,))):
+        with pytest.raises(UserError, match=r"is not a whole safetensors file; got .+; make it again"):
+            read_slice(tmp_path / "file", name, *index)
+
+
+LARGE = """
+import re, sys
+from pathlib import Path
+import torch
+from distillens.core.storage import read_header, read_slice
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+path = Path(sys.argv[1])
+read_slice(path.with_name("small"), "numbers", 0, 0).sum()  # what is imported on first use stays out of the count
+before = peak()
+read_header(path, "numbers")
+assert read_slice(path, "numbers", 7, 30).tolist() == [2.5] * 100_000
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the peak of memory is read from Linux")
+def test_a_slice_of_a_large_file_reads_its_own_bytes(tmp_path: Path) -> None:
+    """A file of 204 MB, all holes but for one entry of 0.4 MB."""
+    write_tensors(tmp_path / "small", {"numbers": torch.zeros(1, 1, 9)})
+    path, shape, row = tmp_path / "large", (10, 51, 100_000), 400_000
+    header = f'{{"numbers":{{"dtype":"F32","shape":{list(shape)},"data_offsets":[0,{510 * row}]}}}}'.encode()
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.seek((7 * 51 + 30) * row, os.SEEK_CUR)
+        file.write(torch.full((100_000,), 2.5).numpy().tobytes())
+        file.truncate(8 + len(header) + 510 * row)
+    done = subprocess.run([sys.executable, "-c", LARGE, path], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 20_000  # kB
 
 
 def test_a_fingerprint_is_a_sha_256_of_parts_in_order() -> None:

@@ -32,7 +32,7 @@ def test_there_are_commands_to_check() -> None:
 def test_every_printed_command_is_accepted(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each command reaches its verb with names that exist; the verbs themselves are tested end to end."""
     import distillens.report
-    from distillens import cli, data, distillers, pipeline, studies
+    from distillens import cli, data, distillers, formats, pipeline, studies
     from distillens.evaluation import protocol
 
     reached: list[str] = []
@@ -54,6 +54,11 @@ def test_every_printed_command_is_accepted(command: str, monkeypatch: pytest.Mon
         reached.append("distill")
         return type("Made", (), {"__len__": lambda self: 1, "fingerprint": ""})()
 
+    def import_(source: Path, kind: str, *a: Any, **k: Any) -> Any:
+        formats.room.find(kind)
+        reached.append("import")
+        return type("Found", (), {"__len__": lambda self: 1, "passes": 1})()
+
     def asked(name: str) -> Any:
         return lambda *a, **k: reached.append(name)
 
@@ -65,6 +70,7 @@ def test_every_printed_command_is_accepted(command: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(studies, "study", study)
     monkeypatch.setattr(pipeline, "distill", distill)
     monkeypatch.setattr(pipeline, "evaluate", evaluate)
+    monkeypatch.setattr(pipeline, "import_", import_)
     monkeypatch.setattr(pipeline, "ask", asked("ask"))
     monkeypatch.setattr(distillens.report, "write", asked("report"))
     monkeypatch.setattr(cli, "_load", lambda folders: ({}, {}, "digits"))

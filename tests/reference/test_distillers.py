@@ -17,7 +17,7 @@ from distillens.core.labels import Hard
 from distillens.core.rng import Key
 from distillens.core.vector import Shapes
 from distillens.data.planted import planted
-from distillens.distillers._pixels import real_batch
+from distillens.distillers._pixels import initial, real_batch
 from distillens.distillers.bptt import BPTT
 from distillens.distillers.dc import DC, distance
 from distillens.distillers.dm import DM
@@ -25,9 +25,10 @@ from distillens.distillers.herding import Herding, herd
 from distillens.distillers.mtt import MTT
 from distillens.distillers.random_subset import RandomSubset
 from distillens.engine.plan import Plan
+from distillens.experts import Trajectories
 from distillens.nets.convnet import ConvNet
 from distillens.runs import Runs
-from distillens.train import Population, train
+from distillens.train import Population
 
 K, IPC, CHANNELS = 3, 2, 2
 NET = ConvNet(depth=2, width=4)
@@ -276,18 +277,17 @@ def test_dc_on_the_real_batch_itself_has_nothing_to_match() -> None:
 # ---- MTT ----
 
 
-def expert(asked: Problem, method: MTT, images: torch.Tensor, steps: int, rate: float) -> Population:
-    """One expert of plain SGD on these images: snapshots at the start and after ``steps`` steps."""
+def expert(images: torch.Tensor, steps: int, rate: float) -> Trajectories:
+    """One expert of plain SGD on these images: a pass of ``steps`` steps."""
     params = fresh(KEY.fold("expert by hand"))
     shapes = Shapes.of(params)
-    path = [shapes.flatten(params)]
-    y = asked.labels()
+    begin = shapes.flatten(params)
+    y = problem().labels()
     for _ in range(steps):
         slopes = gradients(params, images, y, keep=False)
         params = {name: value - rate * slopes[name] for name, value in params.items()}
-        path.append(shapes.flatten(params))
-    ends = torch.stack([path[0], path[-1]])[None]
-    return Population(NET, shapes, path[-1][None], (0, steps), ends)
+    way = torch.stack([begin, shapes.flatten(params)])[None]
+    return Trajectories(NET, shapes, 1, (way,), (1,))
 
 
 @pytest.mark.parametrize("mode", ["graph", "adjoint"])
@@ -304,21 +304,21 @@ def test_mtt_has_nothing_to_do_where_the_expert_saw_the_distilled_set(
         mode=mode,
         net=NET,
     )
-    bare = problem()
-    start = method.start(bare)
-    asked = problem(experts=expert(bare, method, start.tensors["images"], 5, 0.2))
+    images = initial(problem(), "real")
+    asked = problem(experts=expert(images, 5, 0.2))
+    start = method.start(asked)
+    assert torch.equal(start.tensors["images"], images)
     after, log = method.step(asked, start, 0)
     assert log["loss"] < 1e-20
     assert float(after.tensors["velocity"].abs().max()) < 1e-10
     assert after.values["rate"] == pytest.approx(0.2, abs=1e-12)
     # And one that went further is not matched.
-    far = problem(experts=expert(bare, method, start.tensors["images"], 6, 0.2))
+    far = problem(experts=expert(images, 6, 0.2))
     assert method.step(far, start, 0)[1]["loss"] > 1e-3
 
 
-def real_experts(method: MTT, asked: Problem) -> Population:
-    training = method.needs(asked)["experts"]
-    return train(training, Plan("loop", 1, precision="float64"))
+def real_experts(method: MTT, asked: Problem) -> Trajectories:
+    return Runs(Plan("loop", 1, precision="float64")).trajectories(method.needs(asked)["experts"])
 
 
 @pytest.mark.parametrize("mode", ["graph", "adjoint"])
@@ -351,7 +351,7 @@ def test_mtt_is_a_slow_loop(mode: Literal["graph", "adjoint"], batch: int | None
         who = int(key.fold("expert").integers(2, 1))
         when = int(key.fold("start").integers(3, 1))
         starts.add((who, when))
-        begin, end = experts.at(4 * when)[who], experts.at(4 * (when + 2))[who]  # 30 images: 4 steps a pass
+        begin, end = experts.at(who, when), experts.at(who, when + 2)
         params = {n: v.requires_grad_() for n, v in experts.shapes.unflatten(begin.clone()).items()}
         alpha = torch.tensor(rate, dtype=torch.float64, requires_grad=True)
         order = [torch.arange(6)] * 5
@@ -378,7 +378,9 @@ def test_mtts_experts_are_trained_as_the_paper_says() -> None:
     method = MTT(
         expert_epochs=2, max_start_epoch=3, experts=2, expert_batch=8, expert_lr=0.3, augment="flip", net=NET
     )
-    training = method.needs(problem())["experts"]
+    experts = method.needs(problem())["experts"]
+    assert experts.passes == 4  # the last start is at pass 2
+    training = experts.training
     assert training.snapshots == (0, 4, 8, 12, 16)  # 30 images in batches of 8: 4 steps a pass
     assert training.steps == 16
     recipe = training.recipe
@@ -386,6 +388,30 @@ def test_mtts_experts_are_trained_as_the_paper_says() -> None:
     assert (recipe.optimiser, recipe.schedule, recipe.augment) == ("sgd", "constant", "flip")
     assert len(set(training.keys)) == 2
     assert training.data.fingerprint == fine().fingerprint
+    # They serve every method and size of a replicate: their keys are the shared ones.
+    other = replace(problem(), ipc=5, key=Key(9))
+    assert method.needs(other)["experts"].fingerprint == experts.fingerprint
+    another = replace(problem(), shared=Key(1, ("shared",)))
+    assert method.needs(another)["experts"].fingerprint != experts.fingerprint
+
+
+def test_a_trajectory_is_the_expert_after_each_pass_over_the_data() -> None:
+    """Batches of a permutation, plain SGD: 30 images in batches of 8 are 4 steps."""
+    method = MTT(
+        expert_epochs=1, max_start_epoch=2, experts=2, expert_batch=8, expert_lr=0.3, augment="", net=NET
+    )
+    asked = problem()
+    experts = real_experts(method, asked)
+    assert (len(experts), experts.passes) == (2, 2)
+    for j, key in enumerate(asked.shared.fold("experts").split(2)):
+        params = fresh(key.fold("init"))
+        for a_pass in range(2):
+            assert off(experts.at(j, a_pass), experts.shapes.flatten(params)) < 1e-10
+            order = key.fold("batches", a_pass).permutation(30)
+            for index in torch.split(order, 8):
+                slopes = gradients(params, fine().images[index], fine().labels.hard()[index], keep=False)
+                params = {name: value - 0.3 * slopes[name] for name, value in params.items()}
+        assert off(experts.at(j, 2), experts.shapes.flatten(params)) < 1e-10
 
 
 def test_mtt_never_takes_more_than_half_of_its_step_size() -> None:
@@ -399,10 +425,8 @@ def test_mtt_never_takes_more_than_half_of_its_step_size() -> None:
         augment="",
         net=NET,
     )
-    bare = problem()
-    start = method.start(bare)
-    asked = problem(experts=expert(bare, method, start.tensors["images"], 2, 0.2))  # a shorter way than ours
-    after, _ = method.step(asked, start, 0)
+    asked = problem(experts=expert(initial(problem(), "real"), 2, 0.2))  # a shorter way than ours
+    after, _ = method.step(asked, method.start(asked), 0)
     assert after.values["rate"] == 0.1
 
 
@@ -410,9 +434,9 @@ def test_mtt_keeps_the_learned_step_size_with_the_set() -> None:
     method = MTT(
         syn_steps=3, expert_epochs=1, max_start_epoch=1, experts=1, lr_start=0.2, augment="", net=NET
     )
-    bare = problem()
-    start = method.start(bare)
-    recipe = method.finish(bare, State(start.tensors, {**start.values, "rate": 0.123})).recipe
+    asked = problem(experts=expert(initial(problem(), "real"), 3, 0.2))
+    start = method.start(asked)
+    recipe = method.finish(asked, State(start.tensors, {**start.values, "rate": 0.123})).recipe
     assert recipe is not None and recipe.lr == 0.123
 
 

@@ -1,0 +1,133 @@
+"""Accuracy along one distillation, as a committed curve that later runs add to.
+
+    python -m benchmarks.curve NAME METHOD --data parquet:FOLDER --ipc 10 --at 0,10,50 --set net.width=32 ...
+
+At each of the steps ``--at`` the set as it stands is judged by the protocol (wddl by default), beside a random subset
+and the full data under the same recipe. The test split chooses nothing: every point is shown. A curve is known by
+its method, settings (but for ``steps``), data and seed: one that is run further replaces itself in
+benchmarks/results/curve-NAME.json, others stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.environment import environment
+from distillens import load, pipeline
+from distillens.core.config import describe, settings_of
+from distillens.core.contracts import Sets
+from distillens.core.result import Estimate
+from distillens.core.storage import write_json
+from distillens.engine.plan import Plan
+from distillens.engine.workers import settle_process
+from distillens.evaluation import protocol as protocols
+from distillens.evaluation.accuracy import Accuracy
+from distillens.nets.convnet import ConvNet
+from distillens.train import networks
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def curve(asked: argparse.Namespace) -> dict[str, Any]:
+    real = load(asked.data)
+    at = sorted({int(step) for step in asked.at.split(",")})
+    order = pipeline.order(
+        asked.method, real, asked.ipc, settings=[*asked.set, f"steps={at[-1]}"], seed=asked.seed
+    )
+    plan = replace(Plan.resolve(real.train), threads=asked.threads)
+    accuracy = replace(
+        Accuracy.defaults(real.train), protocol=replace(protocols.find(asked.protocol), nets=asked.nets)
+    )
+    width = settings_of(order.distiller).get("net.width", ConvNet.defaults(real.train).width)
+    accuracy = replace(accuracy, net=replace(accuracy.net, width=width))
+    points = []
+    with pipeline.session(real, asked.store, plan=plan, workers=max(1, 2 // plan.threads)) as runs:
+        begun = time.monotonic()
+        problem = order.problem(real.train, pipeline.inputs_of([order], real, runs, tell)[0])
+        before = time.monotonic() - begun
+        method, spent = order.distiller, 0.0
+        state = method.start(problem)
+        losses: list[float] = []
+        for step in range(at[-1] + 1):
+            if step in at:
+                made = replace(method.finish(problem, state), provenance=order.provenance(real, plan))
+                points.append(
+                    {"step": step, "seconds": round(spent), **judged(made, order.name, real, accuracy, runs)}
+                )
+                points[-1]["loss"] = losses[-1] if losses else None
+                print(points[-1], flush=True)
+            if step < at[-1]:
+                begun = time.monotonic()
+                state, log = method.step(problem, state, step)
+                spent += time.monotonic() - begun
+                losses.append(log["loss"])
+        random = pipeline.with_baselines(Sets({order.name: (made,)}), real, runs, seed=asked.seed)
+        beside = judged(random.random[0], "random_subset", real, accuracy, runs)
+        full = accuracy._full(Sets({"random_subset": random.random}), real, pipeline.analysis_key(asked.seed))
+        whole = [float(p.accuracy(real.test)) for p in runs.get(*full)]
+    settings = describe(order.distiller)
+    del settings["steps"]
+    return {
+        "method": order.name,
+        "settings": settings,
+        "changed": asked.set,
+        "data": real.source.partition(":")[0],
+        "data_fingerprint": real.fingerprint,
+        "ipc": asked.ipc,
+        "seed": asked.seed,
+        "protocol": asked.protocol,
+        "net": describe(accuracy.net),
+        "points": points,
+        "random_subset": beside["accuracy"],
+        "full": asdict(Estimate.mean(whole, "network")),
+        "seconds_before": round(before),
+        "threads": asked.threads,
+        "environment": environment(),
+    }
+
+
+def judged(made: Any, name: str, real: Any, accuracy: Accuracy, runs: Any) -> dict[str, Any]:
+    """Test accuracy of the networks that look at one set."""
+    keys = networks(pipeline.analysis_key(0), 0, accuracy.protocol.nets)
+    (training,) = accuracy._candidates(made, made, keys)
+    scores = [float(a) for a in runs.get(training)[0].accuracy(real.test)]
+    return {"accuracy": asdict(Estimate.mean(scores, "network (one set: training only)"))}
+
+
+def tell(what: str, done: int, total: int) -> None:
+    print(f"{what}: {done} of {total}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("name")
+    parser.add_argument("method")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--ipc", type=int, default=10)
+    parser.add_argument("--at", required=True)
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--nets", type=int, default=3)
+    parser.add_argument("--protocol", default="wddl")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--store", type=Path, default=None)
+    asked = parser.parse_args()
+    settle_process()
+    made = curve(asked)
+    path = RESULTS / f"curve-{asked.name}.json"
+    kept = json.loads(path.read_text())["curves"] if path.is_file() else []
+    known = ("method", "settings", "data_fingerprint", "ipc", "seed", "protocol")
+    others = [one for one in kept if any(one[key] != made[key] for key in known)]
+    write_json(path, {"curves": [*others, made]})
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
