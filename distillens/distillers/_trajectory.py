@@ -75,7 +75,7 @@ class Matching(ABC):
     net: Net = field(default_factory=ConvNet)
 
     def __post_init__(self) -> None:
-        name = type(self).__name__.lower()
+        name = self.name
         at_least(0, name, steps=self.steps, momentum=self.momentum, lr_lr=self.lr_lr)
         at_least(
             1,
@@ -93,6 +93,11 @@ class Matching(ABC):
         one_of("states", self.states, ("stored", "recomputed"))
         one_of("mode", self.way, ("graph", "adjoint", "tesla"))
         augment.parse(self.augment)
+
+    @property
+    def name(self) -> str:
+        """The method's name in messages: that of its file."""
+        return type(self).__module__.rpartition(".")[2]
 
     @property
     @abstractmethod
@@ -127,7 +132,7 @@ class Matching(ABC):
         params, buffers = self.net.init(problem.real, problem.key)
         refuse_buffers(self.net, buffers)
         experts: Trajectories = problem.inputs["experts"]
-        name = type(self).__name__.lower()
+        name = self.name
         expected = {n: tuple(p.shape) for n, p in params.items()}
         got = dict(zip(experts.shapes.names, experts.shapes.shapes, strict=True))
         if got != expected:

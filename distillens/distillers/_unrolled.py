@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 
 from distillens import augment, cost
+from distillens.core.checks import at_least, one_of, positive
 from distillens.core.contracts import Net, Params, Problem
 from distillens.core.labels import Labels
 from distillens.core.rng import Key
 from distillens.core.vector import Shapes
-from distillens.distillers._pixels import real_batch
-from distillens.unroll import Inner, Outer
+from distillens.distillers._pixels import Init, real_batch
+from distillens.nets.convnet import ConvNet
+from distillens.unroll import Inner, Outer, States
 
 # (learned tensors, which images: all where None) -> those images, decoded
 Show = Callable[[Sequence[torch.Tensor], torch.Tensor | None], torch.Tensor]
@@ -24,6 +28,68 @@ LabelsOf = Callable[[Sequence[torch.Tensor]], Labels]
 def pixels(learned: Sequence[torch.Tensor], index: torch.Tensor | None) -> torch.Tensor:
     """Images that are stored as they are, first of what is learned."""
     return learned[0] if index is None else learned[0][index]
+
+
+@dataclass(frozen=True)
+class Unrolling(ABC):
+    """Settings that all of them have, and what an unroll costs.
+
+    ``batch_real`` is real images a class in the outer loss; ``mode`` and ``states`` are ``unroll``'s.
+    """
+
+    paper: ClassVar[str] = ""
+    family: ClassVar[str] = "unrolled"
+    selects: ClassVar[bool] = False
+    soft_labels: ClassVar[bool] = False
+    learns_lr: ClassVar[bool] = False
+    needs_experts: ClassVar[bool] = False
+
+    steps: int = 50_000
+    batch_real: int = 64
+    lr_img: float = 0.1
+    init: Init = "noise"
+    mode: Literal["graph", "adjoint"] = "adjoint"
+    states: States = "stored"
+    net: Net = field(default_factory=ConvNet)
+
+    def __post_init__(self) -> None:
+        name = self.name
+        at_least(0, name, steps=self.steps)
+        at_least(1, name, batch_real=self.batch_real)
+        positive(name, lr_img=self.lr_img)
+        one_of("init", self.init, ("real", "noise"))
+        one_of("mode", self.mode, ("graph", "adjoint"))
+        one_of("states", self.states, ("stored", "recomputed"))
+
+    @property
+    def name(self) -> str:
+        """The method's name in messages: that of its file."""
+        return type(self).__module__.rpartition(".")[2]
+
+    @abstractmethod
+    def shown(self, problem: Problem) -> int:
+        """Images of an inner step."""
+
+    def needs(self, problem: Problem) -> Mapping[str, Any]:
+        """Nothing."""
+        return {}
+
+    def passes(self, problem: Problem, image_steps: float) -> float:
+        """Forward passes of so many images and inner steps differentiated, and of the real batch.
+
+        8.8 an image and step with the full graph, 11.7 with the adjoint, 14.6 where its states are recomputed.
+        """
+        each = 8.8 if self.mode == "graph" else 11.7 if self.states == "stored" else 14.6
+        return image_steps * each + 2.9 * self._real_images(problem)
+
+    def bytes(self, problem: Problem, steps: int, vectors: int = 2) -> float:
+        """Bytes of an unroll over so many steps, and of the real batch."""
+        one = cost.cost(self.net, problem.real)
+        inner = one.unrolled(self.shown(problem), steps, self.mode, vectors=vectors, states=self.states)
+        return inner + self._real_images(problem) * one.first
+
+    def _real_images(self, problem: Problem) -> int:
+        return problem.real.k * min(self.batch_real, min(map(len, problem.by_class)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,13 +158,3 @@ class Student:
             return F.cross_entropy(self.net.logits(shapes.unflatten(flat), {}, images)[0], labels)
 
         return loss
-
-
-def real_images(problem: Problem, per_class: int) -> int:
-    """How many real images an outer loss looks at."""
-    return problem.real.k * min(per_class, min(map(len, problem.by_class)))
-
-
-def outer_bytes(net: Net, problem: Problem, per_class: int) -> float:
-    """Bytes of the outer loss's graph."""
-    return real_images(problem, per_class) * cost.cost(net, problem.real).first

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from distillens import augment, cost
+from distillens import augment
 from distillens.core.artefact import DistilledDataset
-from distillens.core.checks import at_least, one_of, positive
-from distillens.core.contracts import Log, Net, Problem, State
+from distillens.core.checks import at_least, positive
+from distillens.core.contracts import Log, Problem, State
 from distillens.core.dataset import Dataset
 from distillens.core.labels import Hard
 from distillens.core.recipe import Recipe
 from distillens.distillers._pixels import (
-    Init,
     begin,
     check_finite,
     clipped,
@@ -26,13 +24,13 @@ from distillens.distillers._pixels import (
     moved,
     small,
 )
-from distillens.distillers._unrolled import Student, outer_bytes, pixels, real_images
+from distillens.distillers._unrolled import Student, Unrolling, pixels
 from distillens.nets.convnet import ConvNet
-from distillens.unroll import Momentum, States, unroll
+from distillens.unroll import Momentum, unroll
 
 
 @dataclass(frozen=True)
-class BPTT:
+class BPTT(Unrolling):
     """A fresh network is trained on the distilled set; its loss on real data is carried back to the images.
 
     min_S  E_theta0  L(theta_T(S); T),  theta_T after T steps of SGD with momentum. The gradient is exact.
@@ -43,36 +41,20 @@ class BPTT:
     """
 
     paper: ClassVar[str] = "Deng & Russakovsky 2022"
-    family: ClassVar[str] = "unrolled"
-    selects: ClassVar[bool] = False
-    soft_labels: ClassVar[bool] = False
-    learns_lr: ClassVar[bool] = False
-    needs_experts: ClassVar[bool] = False
 
-    steps: int = 50_000
     inner_steps: int = 150
     inner_lr: float = 0.01
     inner_momentum: float = 0.9
     batch_syn: int = 10
-    batch_real: int = 64
-    lr_img: float = 0.1
     momentum: float = 0.5
     clip: float = 2.0
     augment: str = ""
-    init: Init = "noise"
-    mode: Literal["graph", "adjoint"] = "adjoint"
-    states: States = "stored"
-    net: Net = field(default_factory=ConvNet)
 
     def __post_init__(self) -> None:
-        at_least(0, "bptt", steps=self.steps, momentum=self.momentum, inner_momentum=self.inner_momentum)
-        at_least(
-            1, "bptt", inner_steps=self.inner_steps, batch_syn=self.batch_syn, batch_real=self.batch_real
-        )
-        positive("bptt", inner_lr=self.inner_lr, lr_img=self.lr_img, clip=self.clip)
-        one_of("init", self.init, ("real", "noise"))
-        one_of("mode", self.mode, ("graph", "adjoint"))
-        one_of("states", self.states, ("stored", "recomputed"))
+        super().__post_init__()
+        at_least(0, "bptt", momentum=self.momentum, inner_momentum=self.inner_momentum)
+        at_least(1, "bptt", inner_steps=self.inner_steps, batch_syn=self.batch_syn)
+        positive("bptt", inner_lr=self.inner_lr, clip=self.clip)
         augment.parse(self.augment)
 
     @classmethod
@@ -90,10 +72,6 @@ class BPTT:
                 net=net,
             )
         return cls(net=net)
-
-    def needs(self, problem: Problem) -> Mapping[str, Any]:
-        """Nothing."""
-        return {}
 
     def start(self, problem: Problem) -> State:
         """The initial images."""
@@ -121,18 +99,17 @@ class BPTT:
         (gradient,), norm = clipped(found.gradients, self.clip)
         return moved(state, gradient, self.lr_img, self.momentum), {"loss": found.value, "norm": norm}
 
+    def shown(self, problem: Problem) -> int:
+        """Images of an inner step."""
+        return problem.real.k * min(self.batch_syn, problem.ipc)
+
     def work(self, problem: Problem) -> float:
-        """8.8 passes an image and inner step with the full graph, 11.7 with the adjoint; the real batch."""
-        each = 8.8 if self.mode == "graph" else 11.7 if self.states == "stored" else 14.6
-        inner = self.inner_steps * problem.real.k * min(self.batch_syn, problem.ipc) * each
-        return self.steps * (inner + 2.9 * real_images(problem, self.batch_real))
+        """The unroll's and the real batch's."""
+        return self.steps * self.passes(problem, self.inner_steps * self.shown(problem))
 
     def memory(self, problem: Problem) -> float:
         """The unroll's and the real batch's."""
-        shown = problem.real.k * min(self.batch_syn, problem.ipc)
-        one = cost.cost(self.net, problem.real)
-        inner = one.unrolled(shown, self.inner_steps, self.mode, states=self.states)
-        return inner + outer_bytes(self.net, problem, self.batch_real)
+        return self.bytes(problem, self.inner_steps)
 
     def finish(self, problem: Problem, state: State) -> DistilledDataset:
         """The images, with the training they were made for."""

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from distillens import augment, cost
+from distillens import augment
 from distillens.core.artefact import DistilledDataset
-from distillens.core.checks import UserError, at_least, one_of, positive
-from distillens.core.contracts import Log, Net, Problem, State
+from distillens.core.checks import UserError, at_least, positive
+from distillens.core.contracts import Log, Problem, State
 from distillens.core.dataset import Dataset
 from distillens.core.labels import Hard, Labels, Logits
 from distillens.core.recipe import Recipe
 from distillens.distillers._pixels import (
-    Init,
     adam_moved,
     check_finite,
     clipped,
@@ -27,15 +25,15 @@ from distillens.distillers._pixels import (
     small,
     with_moments,
 )
-from distillens.distillers._unrolled import Student, outer_bytes, pixels, real_images
+from distillens.distillers._unrolled import Student, Unrolling, pixels
 from distillens.nets.convnet import ConvNet
-from distillens.unroll import Adam, States, unroll
+from distillens.unroll import Adam, unroll
 
 CERTAIN = 5.0  # the logit of its own class that a learned label starts with
 
 
 @dataclass(frozen=True)
-class RaTBPTT:
+class RaTBPTT(Unrolling):
     """A fresh network is trained with Adam; the loss at a random moment is carried back through a window before it.
 
     The training ends at step e, uniform in [min_window + W, T]; only its last W = ``window`` steps are differentiated.
@@ -50,11 +48,6 @@ class RaTBPTT:
     """
 
     paper: ClassVar[str] = "Feng et al. 2024"
-    family: ClassVar[str] = "unrolled"
-    selects: ClassVar[bool] = False
-    soft_labels: ClassVar[bool] = False
-    learns_lr: ClassVar[bool] = False
-    needs_experts: ClassVar[bool] = False
 
     steps: int = 60_000
     inner_steps: int = 200
@@ -69,13 +62,10 @@ class RaTBPTT:
     norm_decay: float = 0.9
     learn_labels: bool = False
     augment: str = "flip_rotate"
-    init: Init = "noise"
-    mode: Literal["graph", "adjoint"] = "adjoint"
-    states: States = "stored"
-    net: Net = field(default_factory=ConvNet)
 
     def __post_init__(self) -> None:
-        at_least(0, "rat_bptt", steps=self.steps, min_window=self.min_window, norm_decay=self.norm_decay)
+        super().__post_init__()
+        at_least(0, "rat_bptt", min_window=self.min_window, norm_decay=self.norm_decay)
         at_least(
             1,
             "rat_bptt",
@@ -83,9 +73,8 @@ class RaTBPTT:
             window=self.window,
             redraw=self.redraw,
             batch_syn=self.batch_syn,
-            batch_real=self.batch_real,
         )
-        positive("rat_bptt", inner_lr=self.inner_lr, lr_img=self.lr_img, clip=self.clip)
+        positive("rat_bptt", inner_lr=self.inner_lr, clip=self.clip)
         if self.min_window + self.window > self.inner_steps:
             raise UserError(
                 "rat_bptt: the window does not fit into the training",
@@ -94,9 +83,6 @@ class RaTBPTT:
             )
         if self.norm_decay >= 1:
             raise UserError("rat_bptt: norm_decay must be below 1", got=f"{self.norm_decay!r}")
-        one_of("init", self.init, ("real", "noise"))
-        one_of("mode", self.mode, ("graph", "adjoint"))
-        one_of("states", self.states, ("stored", "recomputed"))
         augment.parse(self.augment)
 
     @classmethod
@@ -117,10 +103,6 @@ class RaTBPTT:
                 net=net,
             )
         return cls(net=net)
-
-    def needs(self, problem: Problem) -> Mapping[str, Any]:
-        """Nothing."""
-        return {}
 
     def start(self, problem: Problem) -> State:
         """The initial images (noise has norm sqrt(D) an image), labels where they are learned, empty moments."""
@@ -169,20 +151,18 @@ class RaTBPTT:
         log = {"loss": found.value, "norm": norm, "end": float(end)}
         return State(state.tensors, {**state.values, "norm": running}), log
 
+    def shown(self, problem: Problem) -> int:
+        """Images of an inner step."""
+        return problem.real.k * min(self.batch_syn, problem.ipc)
+
     def work(self, problem: Problem) -> float:
-        """2.93 passes an image and step before the window, 11.7 in it (8.8 with the graph); the real batch."""
-        shown = problem.real.k * min(self.batch_syn, problem.ipc)
-        each = 8.8 if self.mode == "graph" else 11.7 if self.states == "stored" else 14.6
-        before = (self.min_window + self.inner_steps - self.window) / 2
-        inner = shown * (2.93 * before + each * self.window)
-        return self.steps * (inner + 2.9 * real_images(problem, self.batch_real))
+        """2.93 passes an image and step before the window, the unroll's in it, and the real batch's."""
+        before = 2.93 * self.shown(problem) * (self.min_window + self.inner_steps - self.window) / 2
+        return self.steps * (before + self.passes(problem, self.window * self.shown(problem)))
 
     def memory(self, problem: Problem) -> float:
         """The window's and the real batch's."""
-        shown = problem.real.k * min(self.batch_syn, problem.ipc)
-        one = cost.cost(self.net, problem.real)
-        inner = one.unrolled(shown, self.window, self.mode, vectors=3, states=self.states)
-        return inner + outer_bytes(self.net, problem, self.batch_real)
+        return self.bytes(problem, self.window, vectors=3)
 
     def finish(self, problem: Problem, state: State) -> DistilledDataset:
         """The images (and learned labels), with the training they were made for."""

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from distillens import augment, cost
+from distillens import augment
 from distillens.core.artefact import DistilledDataset
-from distillens.core.checks import UserError, at_least, one_of, positive
-from distillens.core.contracts import Log, Net, Problem, State
+from distillens.core.checks import UserError, at_least, positive
+from distillens.core.contracts import Log, Problem, State
 from distillens.core.dataset import Dataset
 from distillens.core.decode import Bases
 from distillens.core.labels import Hard
 from distillens.core.recipe import Recipe
 from distillens.distillers._pixels import (
-    Init,
     check_finite,
     clipped,
     fresh,
@@ -26,13 +25,13 @@ from distillens.distillers._pixels import (
     small,
     velocity_of,
 )
-from distillens.distillers._unrolled import Student, outer_bytes, real_images
+from distillens.distillers._unrolled import Student, Unrolling
 from distillens.nets.convnet import ConvNet
-from distillens.unroll import Momentum, States, unroll
+from distillens.unroll import Momentum, unroll
 
 
 @dataclass(frozen=True)
-class RTP:
+class RTP(Unrolling):
     """BPTT with addressable memories: all images are combinations of a few small bases that the classes share.
 
     image = enlarge(coefficients @ bases). ``n_bases`` bases of 1/``downsample`` the side and as many rows of coefficients
@@ -48,35 +47,23 @@ class RTP:
     """
 
     paper: ClassVar[str] = "Deng & Russakovsky 2022"
-    family: ClassVar[str] = "unrolled"
-    selects: ClassVar[bool] = False
-    soft_labels: ClassVar[bool] = False
-    learns_lr: ClassVar[bool] = False
-    needs_experts: ClassVar[bool] = False
 
-    steps: int = 50_000
     n_bases: int = 16
     downsample: int = 2
     inner_steps: int = 150
     inner_lr: float = 0.01
     inner_momentum: float = 0.9
     batch_syn: int = 10
-    batch_real: int = 64
-    lr_img: float = 0.1
     momentum: float = 0.5
     clip: float = 2.0
     coefficient_decay: float = 1e-4
     augment: str = ""
-    init: Init = "noise"
-    mode: Literal["graph", "adjoint"] = "adjoint"
-    states: States = "stored"
-    net: Net = field(default_factory=ConvNet)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(
             0,
             "rtp",
-            steps=self.steps,
             momentum=self.momentum,
             inner_momentum=self.inner_momentum,
             coefficient_decay=self.coefficient_decay,
@@ -88,12 +75,8 @@ class RTP:
             downsample=self.downsample,
             inner_steps=self.inner_steps,
             batch_syn=self.batch_syn,
-            batch_real=self.batch_real,
         )
-        positive("rtp", inner_lr=self.inner_lr, lr_img=self.lr_img, clip=self.clip)
-        one_of("init", self.init, ("real", "noise"))
-        one_of("mode", self.mode, ("graph", "adjoint"))
-        one_of("states", self.states, ("stored", "recomputed"))
+        positive("rtp", inner_lr=self.inner_lr, clip=self.clip)
         augment.parse(self.augment)
 
     @classmethod
@@ -146,10 +129,6 @@ class RTP:
             )
         return count
 
-    def needs(self, problem: Problem) -> Mapping[str, Any]:
-        """Nothing."""
-        return {}
-
     def start(self, problem: Problem) -> State:
         """The initial bases [n_bases, c, h', w'] and coefficients [k * per_class, n_bases], class by class."""
         per_class = self.per_class(problem)
@@ -182,6 +161,9 @@ class RTP:
         bases = torch.zeros(self.n_bases, reduced.shape[1], dtype=torch.float64, device=images.device)
         rows = torch.zeros(len(images), self.n_bases, dtype=torch.float64, device=images.device)
         bases[:kept], rows[:, :kept] = v[:kept] * scale, u[:, :kept] * s[:kept] / scale
+        # Where there are more bases than directions the rest is random: from zero no gradient would ever move it.
+        spare = key.fold("spare").normal(self.n_bases - kept, reduced.shape[1])
+        bases[kept:] = F.normalize(spare.to(bases), dim=1) * scale
         return {
             "bases": bases.view(self.n_bases, images.shape[1], *self.side(problem)).to(images),
             "coefficients": rows.to(images),
@@ -222,20 +204,17 @@ class RTP:
         state = moved(state, by_rows, self.lr_img, self.momentum, "coefficients")
         return state, {"loss": found.value, "norm": norm}
 
-    def _shown(self, problem: Problem) -> int:
+    def shown(self, problem: Problem) -> int:
+        """Images of an inner step."""
         return problem.real.k * min(self.batch_syn, self.per_class(problem))
 
     def work(self, problem: Problem) -> float:
-        """8.8 passes an image and inner step with the full graph, 11.7 with the adjoint; the real batch."""
-        each = 8.8 if self.mode == "graph" else 11.7 if self.states == "stored" else 14.6
-        inner = self.inner_steps * self._shown(problem) * each
-        return self.steps * (inner + 2.9 * real_images(problem, self.batch_real))
+        """The unroll's and the real batch's."""
+        return self.steps * self.passes(problem, self.inner_steps * self.shown(problem))
 
     def memory(self, problem: Problem) -> float:
         """The unroll's and the real batch's."""
-        one = cost.cost(self.net, problem.real)
-        inner = one.unrolled(self._shown(problem), self.inner_steps, self.mode, states=self.states)
-        return inner + outer_bytes(self.net, problem, self.batch_real)
+        return self.bytes(problem, self.inner_steps)
 
     def finish(self, problem: Problem, state: State) -> DistilledDataset:
         """Bases and coefficients, with the training they were made for."""

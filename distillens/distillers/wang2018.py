@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from distillens import cost
 from distillens.core.artefact import DistilledDataset, Order
-from distillens.core.checks import UserError, at_least, one_of, positive
-from distillens.core.contracts import Log, Net, Problem, State
+from distillens.core.checks import UserError, at_least, positive
+from distillens.core.contracts import Log, Problem, State
 from distillens.core.dataset import Dataset
 from distillens.core.labels import Hard
 from distillens.core.recipe import Recipe
 from distillens.distillers._pixels import (
-    Init,
     adam_moved,
     check_finite,
     finished,
@@ -26,13 +24,13 @@ from distillens.distillers._pixels import (
     small,
     with_moments,
 )
-from distillens.distillers._unrolled import Student, outer_bytes, real_images
+from distillens.distillers._unrolled import Student, Unrolling
 from distillens.nets.convnet import ConvNet
-from distillens.unroll import Momentum, States, Unrolled, unroll
+from distillens.unroll import Momentum, Unrolled, unroll
 
 
 @dataclass(frozen=True)
-class Wang2018:
+class Wang2018(Unrolling):
     """The set is a training: gradient steps in a fixed order, each on its own images at its own learned rate.
 
     ``per_step`` images a class make a step, so ``ipc / per_step`` steps are stored; they are walked through
@@ -46,11 +44,7 @@ class Wang2018:
     """
 
     paper: ClassVar[str] = "Wang et al. 2018"
-    family: ClassVar[str] = "unrolled"
-    selects: ClassVar[bool] = False
-    soft_labels: ClassVar[bool] = False
     learns_lr: ClassVar[bool] = True
-    needs_experts: ClassVar[bool] = False
 
     steps: int = 20_000
     per_step: int = 1
@@ -60,13 +54,9 @@ class Wang2018:
     decay_steps: int = 2000
     n_nets: int = 1
     batch_real: int = 102
-    init: Init = "noise"
-    mode: Literal["graph", "adjoint"] = "adjoint"
-    states: States = "stored"
-    net: Net = field(default_factory=ConvNet)
 
     def __post_init__(self) -> None:
-        at_least(0, "wang2018", steps=self.steps)
+        super().__post_init__()
         at_least(
             1,
             "wang2018",
@@ -74,12 +64,8 @@ class Wang2018:
             distill_epochs=self.distill_epochs,
             decay_steps=self.decay_steps,
             n_nets=self.n_nets,
-            batch_real=self.batch_real,
         )
-        positive("wang2018", lr_start=self.lr_start, lr_img=self.lr_img)
-        one_of("init", self.init, ("real", "noise"))
-        one_of("mode", self.mode, ("graph", "adjoint"))
-        one_of("states", self.states, ("stored", "recomputed"))
+        positive("wang2018", lr_start=self.lr_start)
 
     @classmethod
     def defaults(cls, like: Dataset, ipc: int) -> Wang2018:
@@ -97,10 +83,6 @@ class Wang2018:
             )
         rgb = like.shape[0] == 3
         return cls(lr_start=0.001 if rgb else 0.02, batch_real=max(1, 1020 // like.k), net=net)
-
-    def needs(self, problem: Problem) -> Mapping[str, Any]:
-        """Nothing."""
-        return {}
 
     def order(self, problem: Problem) -> torch.Tensor:
         """The images of each step of the training [distill_epochs * ipc / per_step, k * per_step].
@@ -166,18 +148,19 @@ class Wang2018:
             states=self.states,
         )
 
+    def shown(self, problem: Problem) -> int:
+        """Images of an inner step."""
+        return problem.real.k * self.per_step
+
     def work(self, problem: Problem) -> float:
-        """8.8 passes an image and inner step with the full graph, 11.7 with the adjoint; the real batch."""
-        each = 8.8 if self.mode == "graph" else 11.7 if self.states == "stored" else 14.6
-        inner = self.distill_epochs * problem.real.k * problem.ipc * each
-        return self.steps * self.n_nets * (inner + 2.9 * real_images(problem, self.batch_real))
+        """The ordered steps' and the real batch's, for each network."""
+        image_steps = self.distill_epochs * problem.real.k * problem.ipc
+        return self.steps * self.n_nets * self.passes(problem, image_steps)
 
     def memory(self, problem: Problem) -> float:
         """The unroll's and the real batch's, of one network at a time."""
         count = self.distill_epochs * max(1, problem.ipc // self.per_step)
-        one = cost.cost(self.net, problem.real)
-        inner = one.unrolled(problem.real.k * self.per_step, count, self.mode, states=self.states)
-        return inner + outer_bytes(self.net, problem, self.batch_real)
+        return self.bytes(problem, count)
 
     def finish(self, problem: Problem, state: State) -> DistilledDataset:
         """The images with their ordered steps and learned rates."""

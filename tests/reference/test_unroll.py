@@ -240,9 +240,14 @@ def test_a_tensor_that_no_step_sees_has_a_zero_gradient(mode: Mode) -> None:
 @all_states
 @exact_modes
 def test_a_parameter_that_no_step_moves_costs_nothing(mode: Mode, rule: Rule, states: States) -> None:
-    """Its gradients are all zero, where the square root in Adam has an infinite slope."""
+    """A weight of a unit that is shut: its gradients are all zero, where Adam's root has an infinite slope."""
     longer = torch.cat([START, Key(9).normal(2).double()])
-    found = unroll(inner, outer, longer, [X, Y], uneven(7), rule=rule, mode=mode, states=states)
+
+    def shut(theta: torch.Tensor, learned: Sequence[torch.Tensor], t: int) -> torch.Tensor:
+        x, y = learned
+        return inner(theta, learned, t) + y.sum() * ((x.sum() - 1000).relu() * theta[P:]).sum()
+
+    found = unroll(shut, outer, longer, [X, Y], uneven(7), rule=rule, mode=mode, states=states)
     plain = go(mode, uneven(7), rule, states=states)
     assert torch.equal(found.final[P:], longer[P:])
     for one, other in zip(parts(found), parts(plain), strict=True):

@@ -305,6 +305,21 @@ def test_rtp_from_real_images_is_their_best_approximation_by_so_many_bases(downs
     assert 0.05 < sizes[0] / sizes[1] < 20  # both kinds of tensor are moved at one rate
 
 
+def test_rtp_learns_all_of_its_bases_where_there_are_more_than_directions() -> None:
+    """Bases of 2 x 3 x 4 span 24 directions: the others start at random, with nothing made of them yet."""
+    method = rtps(n_bases=30, downsample=3, clip=1e3)
+    asked = problem(4)
+    state = method.start(asked)
+    bases, rows = state.tensors["bases"].flatten(1), state.tensors["coefficients"]
+    assert off(bases[24:].norm(dim=1), bases[:24].norm(dim=1)[:6]) < 1e-9
+    assert float(rows[:, 24:].abs().max()) == 0
+    after, _ = method.step(asked, state, 0)
+    after, _ = method.step(asked, after, 1)
+    for name in ("bases", "coefficients"):
+        change = after.tensors[name].flatten(1) - state.tensors[name].flatten(1)
+        assert bool((change.norm(dim=1 if name == "bases" else 0) > 0).all())
+
+
 def test_rtp_from_noise_has_coefficients_of_unit_length() -> None:
     method = rtps(init="noise")
     state = method.start(problem(20))
