@@ -128,10 +128,9 @@ def trainings_of(needs: Iterable[Any]) -> list[Training]:
 
 def seconds_a_step(distiller: Distiller, problem: Problem) -> float | None:
     """Seconds of one step, from the first few with random experts; None where there are no steps to time."""
-    needs = distiller.needs(problem)
-    if not distiller.steps or not all(isinstance(need, Experts) for need in needs.values()):
+    asked = standing_in(distiller, problem)
+    if not distiller.steps or asked is None:
         return None
-    asked = replace(problem, inputs={**_stand_ins(problem, needs), **problem.inputs})
     times: list[float] = []
     try:
         state = distiller.start(asked)
@@ -144,6 +143,14 @@ def seconds_a_step(distiller: Distiller, problem: Problem) -> float | None:
     except DivergedError:  # random experts lead nowhere: what was timed until then counts
         pass
     return min(times) if times else None
+
+
+def standing_in(distiller: Distiller, problem: Problem) -> Problem | None:
+    """The problem with stand-ins for experts that are not there yet; None where a method needs something else."""
+    needs = {name: need for name, need in distiller.needs(problem).items() if name not in problem.inputs}
+    if not all(isinstance(need, Experts) for need in needs.values()):
+        return None
+    return replace(problem, inputs={**_stand_ins(problem, needs), **problem.inputs})
 
 
 def _stand_ins(problem: Problem, needs: Mapping[str, Experts]) -> dict[str, Trajectories]:

@@ -241,19 +241,29 @@ def forecast(study: Study, workers: int) -> Forecast:
 
 
 def _stand_ins(study: Study, ipc: int) -> Sets:
-    def subset(name: str, r: int) -> DistilledDataset:
-        order = pipeline.order("random_subset", study.real, ipc, seed=study.seed, replicate=r)
-        problem = Problem(study.real.train, ipc, order.key.fold("stand-in", name))
-        return order.distiller.finish(problem, order.distiller.start(problem))
+    """Sets of the right form: what each method starts from, random subsets for what selects."""
+    train = study.real.train
 
-    def many(name: str) -> tuple[DistilledDataset, ...]:
-        return tuple(subset(name, r) for r in range(study.replicates))
+    def begun(name: str, r: int, place: str) -> DistilledDataset:
+        order = next(o for o in study.orders if (o.name, o.ipc, o.replicate) == (name, ipc, r))
+        key = order.key.fold("stand-in", place)
+        asked = forecasts.standing_in(order.distiller, Problem(train, ipc, key))
+        distiller: Distiller = distillers.room.find("random_subset").defaults(train, ipc)
+        if asked is None:
+            asked = Problem(train, ipc, key)
+        else:
+            distiller = order.distiller
+        one = distiller.finish(asked, distiller.start(asked))
+        return replace(one, provenance=order.provenance(study.real, study.plan))
+
+    def many(name: str, place: str = "") -> tuple[DistilledDataset, ...]:
+        return tuple(begun(name, r, place) for r in range(study.replicates))
 
     learned = [name for name in study.methods if not distillers.room.find(name).selects]
     return Sets(
         {name: many(name) for name in study.methods},
         {name: many(name) for name in BASELINES},
-        {name: many(f"{name}, start") for name in learned},
+        {name: many(name, "start") for name in learned},
     )
 
 

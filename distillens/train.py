@@ -229,7 +229,13 @@ def on(
     *,
     weights: torch.Tensor | None = None,
 ) -> Training:
-    """The training of fresh networks on a distilled set; its ordered steps are replayed where it has them."""
+    """The training of fresh networks on a distilled set.
+
+    A set of ordered steps is a training by itself: its steps are replayed by its own recipe (plain SGD where it brings
+    none), and ``recipe`` does not count.
+    """
+    if distilled.order is not None:
+        recipe = distilled.recipe or Recipe(momentum=0.0)
     return Training(distilled.dataset(), net, recipe, keys, weights=weights, order=distilled.order)
 
 

@@ -74,22 +74,39 @@ def override(value: T, assignments: Sequence[str]) -> T:
     """A settings object with fields set from text: ``steps=500``, ``net.width=64``.
 
     Text is turned into the field's type. A field that is itself a settings object is reached
-    with dots.
+    with dots. All are set at once: fields that must fit each other may come in any order, and of a field that is
+    named twice the last counts.
 
     Raises:
         UserError: there is no such field (with the nearest name), or the text does not fit its type.
     """
+    changes: dict[str, Any] = {}
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         if not equals or not path:
             raise UserError(
                 "a setting is written NAME=VALUE", got=repr(assignment), fix="--set steps=500, say"
             )
-        value = _set(value, path.strip().split("."), text.strip(), path.strip())
-    return value
+        _collect(changes, value, path.strip().split("."), text.strip(), path.strip())
+    return _replaced(value, changes)
 
 
-def _set(owner: Any, path: Sequence[str], text: str, whole: str) -> Any:
+def _replaced(owner: T, changes: Mapping[str, Any]) -> T:
+    """The settings with collected changes made, the innermost first."""
+    if not changes:
+        return owner
+    made = {
+        name: _replaced(getattr(owner, name), change) if isinstance(change, _Inner) else change
+        for name, change in changes.items()
+    }
+    return replace(owner, **made)  # type: ignore[type-var]  # settings are dataclasses
+
+
+class _Inner(dict[str, Any]):
+    """Changes to a field that is a settings object itself."""
+
+
+def _collect(changes: dict[str, Any], owner: Any, path: Sequence[str], text: str, whole: str) -> None:
     known = [field.name for field in fields(owner)]
     name, *rest = path
     if name not in known:
@@ -98,27 +115,31 @@ def _set(owner: Any, path: Sequence[str], text: str, whole: str) -> Any:
     if rest:
         if not is_dataclass(old):
             raise UserError(f"setting {whole!r}: {name!r} has no settings of its own", got=repr(old))
-        return replace(owner, **{name: _set(old, rest, text, whole)})
+        _collect(changes.setdefault(name, _Inner()), old, rest, text, whole)
+        return
     if is_dataclass(old):
         inner = ", ".join(f"{name}.{field.name}" for field in fields(old))
         raise UserError(f"setting {whole!r} holds settings of its own", fix=f"set one of {inner}")
-    kind = get_type_hints(type(owner))[name]
+    changes[name] = _converted(get_type_hints(type(owner))[name], text, whole)
+
+
+def _converted(kind: Any, text: str, whole: str) -> Any:
+    """The text as a value of the field's type."""
     try:
         adapter: TypeAdapter[Any] = TypeAdapter(kind)
     except PydanticSchemaGenerationError as error:  # settings objects in a tuple, say
         raise UserError(f"setting {whole!r} cannot be written as text", fix="set it from Python") from error
     if text.lower() == "none":  # no value where the field may be empty, else a word like any other
         with suppress(ValidationError):
-            return replace(owner, **{name: adapter.validate_python(None)})
+            return adapter.validate_python(None)
     given: Any = text
     if str(kind).startswith("tuple"):
         given = [part for part in re.split(r"[,\s]+", text) if part]
     try:
-        converted = adapter.validate_python(given)
+        return adapter.validate_python(given)
     except ValidationError as error:
         reason = error.errors()[0]["msg"]
         raise UserError(f"setting {whole!r} does not fit", got=repr(text), expected=reason) from error
-    return replace(owner, **{name: converted})
 
 
 def settings_of(value: Any) -> dict[str, Any]:

@@ -256,6 +256,24 @@ class Matching(ABC):
         return finished(problem, images, recipe, labels)
 
 
+def quick(ipc: int) -> dict[str, Any]:
+    """Settings for digits' scale. The experts are trained alike for all sizes: the store trains them once."""
+    # Few images match the start of training, more match further on (as DATM finds at larger scale).
+    few = ipc < 5
+    return {
+        "steps": 60,
+        "syn_steps": 20,
+        "max_start_epoch": 2 if few else 8,
+        "lr_img": 20.0 if few else 50.0,
+        "lr_lr": 1e-4,
+        "lr_start": 0.05 if few else 0.1,
+        "experts": 4,
+        "expert_lr": 0.1,
+        "expert_batch": 64,
+        "augment": "",
+    }
+
+
 def row(ipc: int, rows: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     """The row of a table by images a class that lies nearest, on a log scale."""
     return dict(rows[min(rows, key=lambda known: abs(math.log(known / ipc)))])

@@ -14,7 +14,7 @@ from distillens.core.dataset import Dataset, check_per_class
 from distillens.core.labels import Logits
 from distillens.core.recipe import Recipe
 from distillens.distillers._pixels import begin, moved, small, velocity_of
-from distillens.distillers._trajectory import Matching, row
+from distillens.distillers._trajectory import Matching, quick, row
 from distillens.experts import Trajectories
 from distillens.nets.convnet import ConvNet
 
@@ -100,23 +100,9 @@ class DATM(Matching):
         """The authors' CIFAR-10 rows by images a class (1 to 1,000); on digits' scale a short version."""
         net = ConvNet.defaults(like)
         if small(like):
-            early = ipc < 5
+            first = 1 if ipc < 5 else 4
             return cls(
-                steps=60,
-                syn_steps=20,
-                max_start_epoch=4 if early else 8,
-                first_max_start_epoch=2 if early else 4,
-                expansion_end=30,
-                lr_img=50.0,
-                lr_y=1.0,
-                lr_lr=1e-4,
-                lr_start=0.05 if early else 0.1,
-                experts=4,
-                expert_lr=0.05 if early else 0.1,
-                expert_batch=64,
-                augment="",
-                mode="graph",
-                net=net,
+                first_max_start_epoch=first, expansion_end=30, lr_y=1.0, mode="graph", net=net, **quick(ipc)
             )
         return cls(**{"steps": 10_000, "syn_steps": 80, "lr_start": 0.01, "net": net, **row(ipc, ROWS)})
 

@@ -11,7 +11,7 @@ from distillens.core.contracts import Log, Problem, State
 from distillens.core.dataset import Dataset
 from distillens.core.recipe import Recipe
 from distillens.distillers._pixels import small
-from distillens.distillers._trajectory import Matching, row
+from distillens.distillers._trajectory import Matching, quick, row
 from distillens.nets.convnet import ConvNet
 
 # The paper's CIFAR-10 columns by images a class (its script has lr_img 100 at 10).
@@ -67,22 +67,7 @@ class FTD(Matching):
         """The authors' CIFAR-10 rows by images a class (1, 10, 50); on digits' scale a short version."""
         net = ConvNet.defaults(like)
         if small(like):
-            early = ipc < 5
-            return cls(
-                steps=60,
-                syn_steps=20,
-                max_start_epoch=4 if early else 8,
-                lr_img=50.0,
-                lr_lr=1e-4,
-                lr_start=0.05 if early else 0.1,
-                experts=4,
-                expert_lr=0.05 if early else 0.1,
-                expert_batch=64,
-                augment="",
-                ema_decay=0.8,
-                mode="graph",
-                net=net,
-            )
+            return cls(ema_decay=0.8, mode="graph", net=net, **quick(ipc))
         return cls(net=net, **row(ipc, ROWS))
 
     @property

@@ -93,15 +93,16 @@ class RTP(Unrolling):
             return max(1, min(wanted, ipc * like.k * h * w // (2 * base)))
 
         if small(like):
-            downsample = 2 if ipc < 5 else 1
+            few = ipc < 5
             return cls(
                 steps=60,
-                n_bases=fitting(8 if ipc < 5 else 24, downsample),
-                downsample=downsample,
+                n_bases=fitting(5 if few else 24, 1),
+                downsample=1,
                 inner_steps=20,
                 inner_lr=0.1,
+                batch_syn=3 if few else 10,
                 batch_real=32,
-                lr_img=10.0,
+                lr_img=3.0 if few else 10.0,
                 init="real",
                 net=net,
             )

@@ -13,7 +13,7 @@ from distillens.core.dataset import Dataset
 from distillens.core.labels import Probabilities
 from distillens.core.recipe import Recipe
 from distillens.distillers._pixels import small
-from distillens.distillers._trajectory import Matching, Stretch, row
+from distillens.distillers._trajectory import Matching, Stretch, quick, row
 from distillens.experts import Trajectories
 from distillens.nets.convnet import ConvNet
 
@@ -56,20 +56,8 @@ class TESLA(Matching):
         """The authors' iterations and CIFAR-10 row; on digits' scale a short version."""
         net = ConvNet.defaults(like)
         if small(like):
-            early = ipc < 5
-            return cls(
-                steps=60,
-                syn_steps=20,
-                max_start_epoch=4 if early else 8,
-                lr_img=50.0,
-                lr_lr=1e-4,
-                lr_start=0.05 if early else 0.1,
-                experts=4,
-                expert_lr=0.05 if early else 0.1,
-                expert_batch=64,
-                augment="",
-                net=net,
-            )
+            shorter = {"syn_steps": 10, "lr_start": 0.2, "lr_img": 20.0} if ipc >= 5 else {}
+            return cls(net=net, **{**quick(ipc), **shorter})
         return cls(steps=10_000, net=net, **row(ipc, ROWS))
 
     @property

@@ -74,7 +74,8 @@ class Wang2018(Unrolling):
         if small(like):
             return cls(
                 steps=60,
-                distill_epochs=10 if ipc < 5 else 3,
+                per_step=1 if ipc % 2 else 2,
+                distill_epochs=10 if ipc < 5 else 4,
                 lr_start=0.2,
                 lr_img=0.1,
                 batch_real=32,

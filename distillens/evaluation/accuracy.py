@@ -84,6 +84,8 @@ class Accuracy:
     def _candidates(
         self, distilled: DistilledDataset, of: DistilledDataset, keys: tuple[Key, ...]
     ) -> list[Training]:
+        if distilled.order is not None:  # nothing of it can be chosen: its own steps are replayed
+            return [on(distilled, self.net, self.protocol.recipe, keys)]
         trainings = []
         for recipe in self.protocol.recipes(of):
             training = on(distilled, self.net, recipe, keys)
@@ -106,9 +108,9 @@ class Accuracy:
         best, name, score = None, "", -1.0
         recipes = self.protocol.recipes()
         for population, recipe in zip(candidates, recipes, strict=False):
-            for moment in self.protocol.moments or (None,):
+            for moment in population.moments or (None,):
                 flat = population.final if moment is None else population.at(moment)
-                if len(candidates) == 1 and not self.protocol.moments:
+                if len(candidates) == 1 and not population.moments:
                     return _accuracy(population, flat, real.test), ""
                 on_validation = float(_accuracy(population, flat, real.val).mean())
                 if on_validation > score:

@@ -311,3 +311,16 @@ def test_twenty_nulls_end_to_end(digits: Splits, runs: Runs) -> None:
         found |= claims(Mixing((0, 1), Recipe(steps=300), ConvNet(2, 32))(sets, digits, runs, key=key))
         alarms += sum(verdict == "supported" for verdict in found.values())
     assert alarms <= 4  # 40 claims at 2.5 %: P(5 or more) is below 0.4 %
+
+
+def test_ordered_steps_are_replayed_under_any_protocol(digits: Splits) -> None:
+    """Of a set that is a training by itself a protocol chooses nothing: neither rate nor moment."""
+    settings = ["steps=2", "net.width=8", "init=real", "distill_epochs=2"]
+    made = pipeline.distill("wang2018", digits, ipc=1, settings=settings)
+    scores = []
+    for protocol in (NEUTRAL, Protocol("short", "", SHORT)):
+        analysis = Accuracy(replace(protocol, nets=2), TINY)
+        result = analysis(Sets({"wang2018": (made,)}), digits, Runs(Plan()), key=KEY)
+        scores.append(result.values["wang2018"])
+        assert result.chosen["wang2018"] == ("",)
+    assert torch.equal(*scores)

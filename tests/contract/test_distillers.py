@@ -59,6 +59,7 @@ TINY = {
     "max_start_epoch": "2",
     "threshold": "1e9",  # no step is skipped
     "n_bases": "4",
+    "downsample": "2",
     "n_nets": "2",
     "per_step": "1",
     "distill_epochs": "2",

@@ -271,3 +271,15 @@ def test_settings_of_lists_what_can_be_set_with_dots() -> None:
         "nets": (),
         "foreign": None,
     }
+
+
+def test_settings_that_must_fit_each_other_may_come_in_any_order() -> None:
+    method = distillers.room.find("rat_bptt")()
+    both = ["inner_steps=10", "window=5"]
+    assert override(method, both) == override(method, both[::-1])
+    with pytest.raises(UserError, match="the window does not fit into the training"):
+        override(method, both[:1])
+
+
+def test_a_field_that_is_named_twice_takes_the_last() -> None:
+    assert override(Inner(), ["width=3", "norm=none", "width=5"]) == Inner(5, "none")

@@ -8,6 +8,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+
+from distillens.core.recipe import Recipe
+from distillens.core.rng import Key
+from distillens.engine.plan import Plan
+from distillens.experts import Experts
+from distillens.nets.convnet import ConvNet
+from distillens.runs import Runs
 
 FAST = ["--set", "steps=4", "--set", "net.width=8"]
 
@@ -200,3 +208,73 @@ def test_help_and_version_import_no_torch(distillens) -> None:
     assert done.returncode == 0, done.stderr
     assert "study" in done.stdout
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", distillens("--version").stdout)
+
+
+# ---- experts ----
+
+QUICK = [
+    "--set", "steps=3", "--set", "net.width=4", "--set", "syn_steps=3", "--set", "experts=2",
+    "--set", "max_start_epoch=2", "--set", "expert_epochs=1",
+]  # fmt: skip
+
+
+def test_experts_that_are_kept_serve_the_next_method(distillens, tmp_path: Path) -> None:
+    store = ["--store", tmp_path / "store"]
+    first = distillens("distill", "mtt", "--to", tmp_path / "mtt", *QUICK, *store)
+    assert first.returncode == 0, first.stderr
+    assert "2 models to train first, about " in first.stderr
+    assert "training what the methods start from: 2 of 2" in first.stderr
+    made = sorted((tmp_path / "store" / "experts").iterdir())
+    second = distillens("distill", "tesla", "--ipc", "2", "--to", tmp_path / "tesla", *QUICK, *store)
+    assert second.returncode == 0, second.stderr
+    assert "training what the methods start from" not in second.stderr
+    assert sorted((tmp_path / "store" / "experts").iterdir()) == made
+    inputs = [json.loads((tmp_path / n / "provenance.json").read_text())["inputs"] for n in ("mtt", "tesla")]
+    assert inputs[0] == inputs[1] and list(inputs[0]) == ["experts"]
+
+
+def test_imported_experts_are_followed(distillens, digits, tmp_path: Path) -> None:
+    net = ConvNet(depth=2, width=4)
+    experts = Experts(digits.train, net, Recipe(batch=256, momentum=0.0), Key(3).split(2), 2)
+    found = Runs(Plan()).trajectories(experts)
+    theirs = [[list(found.shapes.unflatten(found.at(e, t)).values()) for t in range(3)] for e in range(2)]
+    torch.save(
+        [[[p.clone() for p in snapshot] for snapshot in one] for one in theirs],
+        tmp_path / "replay_buffer_0.pt",
+    )
+    brought = distillens(
+        "import", tmp_path / "replay_buffer_0.pt", "--from", "mtt_buffer", "--data", "digits",
+        "--set", "width=4", "--to", tmp_path / "experts",
+    )  # fmt: skip
+    assert brought.returncode == 0, brought.stderr
+    assert brought.stdout.startswith("2 experts of 2 passes in ")
+    followed = distillens("distill", "mtt", "--experts", tmp_path / "experts", "--to", tmp_path / "m", *QUICK)
+    assert followed.returncode == 0, followed.stderr
+    assert "models to train first" not in followed.stderr
+    inputs = json.loads((tmp_path / "m" / "provenance.json").read_text())["inputs"]
+    listed = json.loads((tmp_path / "experts" / "experts.json").read_text())
+    assert inputs == {"experts": listed["fingerprint"]}
+    refused = distillens("distill", "dm", "--experts", tmp_path / "experts", "--to", tmp_path / "d")
+    assert (refused.returncode, refused.stderr.strip()) == (
+        2, "distillens: dm follows no experts; leave --experts out",
+    )  # fmt: skip
+    longer = [*QUICK, "--set", "max_start_epoch=4"]
+    short = distillens("distill", "mtt", "--experts", tmp_path / "experts", "--to", tmp_path / "s", *longer)
+    assert short.returncode == 2
+    assert "mtt: the experts end too early; got 2 passes; expected at least" in short.stderr
+    unknown = distillens("import", tmp_path, "--from", "mtt_bufer", "--to", tmp_path / "x")
+    assert unknown.returncode == 2 and "Did you mean 'mtt_buffer'?" in unknown.stderr
+
+
+def test_formats_are_listed(distillens) -> None:
+    done = distillens("list", "formats", "--json")
+    assert [row["name"] for row in json.loads(done.stdout)] == ["mtt_buffer"]
+
+
+def test_a_diverging_distillation_is_one_line_and_keeps_a_set(distillens, tmp_path: Path) -> None:
+    settings = ["--set", "steps=20", "--set", "net.width=4", "--set", "net.norm=none", "--set", "lr_img=1e9"]
+    done = distillens("distill", "dm", "--to", tmp_path / "run", *settings)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("distillens: the distillation diverged: ")
+    assert str(tmp_path / "run" / "last_good") in done.stderr
+    assert distillens("evaluate", tmp_path / "run" / "last_good", "--nets", "1").returncode == 0

@@ -211,7 +211,9 @@ def test_random_experts_stand_in_for_those_that_are_not_there_yet(planted: Split
     assert (look.models, look.steps) == (5, 5000)
     assert look.seconds > 0 and look.seconds_before > 0
     # Those that were brought along are not trained.
-    experts = Runs(Plan()).trajectories(replace(method, experts=1).needs(Problem(planted.train, 1, Key(0)))["experts"])
+    experts = Runs(Plan()).trajectories(
+        replace(method, experts=1).needs(Problem(planted.train, 1, Key(0)))["experts"]
+    )
     look = forecast.outlook("mtt", method, Problem(planted.train, 1, Key(0), {"experts": experts}), Plan())
     assert (look.models, look.seconds_before) == (0, 0)
     assert look.text().startswith("5,000 steps, about ")

@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -207,3 +209,65 @@ def test_jobs_here_have_the_engines_threads_and_the_caller_its_own() -> None:
 
 def test_cores_are_those_this_process_may_use() -> None:
     assert 1 <= cores() <= (os.cpu_count() or 1)
+
+
+UNGUARDED = """
+from distillens import Key, Recipe, load
+from distillens.engine.plan import Plan
+from distillens.engine.workers import Engine
+from distillens.nets.mlp import MLP
+from distillens.runs import Runs
+from distillens.train import Training
+
+print("the script runs", __name__)
+data = load("digits").train
+with Engine(2, 1) as engine:
+    (made,) = Runs(Plan("loop"), engine).get(Training(data, MLP(width=4), Recipe(steps=2, batch=8), Key(0).split(3)))
+print(len(made), __file__.endswith("script.py"), __spec__)
+"""
+
+OWN_NETWORK = """
+from dataclasses import dataclass
+
+from distillens import Key, Recipe, load
+from distillens.engine.plan import Plan
+from distillens.engine.workers import Engine
+from distillens.nets.mlp import MLP
+from distillens.runs import Runs
+from distillens.train import Training
+
+
+@dataclass(frozen=True)
+class Mine(MLP):
+    pass
+
+
+def main() -> None:
+    data = load("digits").train
+    with Engine(2, 1) as engine:
+        runs = Runs(Plan("loop"), engine)
+        for net in (MLP(width=4), Mine(width=4), MLP(width=5)):  # the pool is started anew for the second
+            print(len(runs.get(Training(data, net, Recipe(steps=2, batch=8), Key(0).split(3)))[0]))
+
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def said_by(script: str, folder: Path) -> list[str]:
+    (folder / "script.py").write_text(script)
+    done = subprocess.run(
+        [sys.executable, str(folder / "script.py")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_a_script_needs_no_guard(tmp_path: Path) -> None:
+    """Workers do not run the user's script again."""
+    assert said_by(UNGUARDED, tmp_path) == ["the script runs __main__", "3 True None"]
+
+
+def test_a_network_of_the_users_script_reaches_the_workers(tmp_path: Path) -> None:
+    assert said_by(OWN_NETWORK, tmp_path) == ["3", "3", "3"]

@@ -260,9 +260,16 @@ def test_a_distilled_set_brings_its_order() -> None:
     distilled = DistilledDataset(
         {"images": source.images}, source.labels, source.classes, Pixel(), order=ORDER
     )
-    training = on(distilled, NET, RECIPE, KEYS[:1])
-    assert training.steps == 6
-    assert torch.equal(run(training), run(Training(source, NET, RECIPE, KEYS[:1], order=ORDER)))
+    plain = Recipe(momentum=0.0)
+    expected = run(Training(source, NET, plain, KEYS[:1], order=ORDER))
+    # It is a training by itself: no recipe of whoever trains on it changes a thing.
+    for recipe in (RECIPE, Recipe(weight_decay=0.1, schedule="tenth_at_half", augment="flip", batch=2)):
+        training = on(distilled, NET, recipe, KEYS[:1])
+        assert training.steps == 6
+        assert torch.equal(run(training), expected)
+    own = Recipe(optimiser="adam")
+    brought = on(replace(distilled, recipe=own), NET, RECIPE, KEYS[:1])
+    assert torch.equal(run(brought), run(Training(source, NET, own, KEYS[:1], order=ORDER)))
 
 
 # ---- what a step sees ----
