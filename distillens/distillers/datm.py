@@ -14,36 +14,74 @@ from distillens.core.dataset import Dataset, check_per_class
 from distillens.core.labels import Logits
 from distillens.core.recipe import Recipe
 from distillens.distillers._pixels import begin, moved, small, velocity_of
-from distillens.distillers._trajectory import Matching, quick, row
+from distillens.distillers._trajectory import Matching, Rows, quick, row, scale
 from distillens.experts import Trajectories
 from distillens.nets.convnet import ConvNet
 
 LOOKS = 1000  # real images of a class that are looked at for some that an expert gets right
 
-# The authors' CIFAR-10 rows by images a class (their ``configs``).
-ROWS = {
-    1: {"max_start_epoch": 4, "lr_img": 100.0, "lr_y": 5.0, "lr_lr": 1e-7, "expansion_end": 0},
-    10: {"max_start_epoch": 20, "first_max_start_epoch": 10, "lr_img": 100.0, "lr_y": 2.0, "expansion_end": 1000},
-    50: {"max_start_epoch": 40, "first_max_start_epoch": 20, "lr_img": 1000.0, "lr_y": 2.0, "expansion_end": 2000},
-    500: {
-        "syn_steps": 40,
-        "min_start_epoch": 40,
-        "max_start_epoch": 60,
-        "lr_img": 50.0,
-        "lr_y": 10.0,
-        "expansion_end": 0,
-        "batch_syn": 1000,
+# The authors' rows by images a class (their ``configs``). Without a first maximum nothing grows.
+_LARGE = {"min_start_epoch": 40, "max_start_epoch": 60, "lr_img": 50.0, "lr_y": 10.0, "expansion_end": 0}
+ROWS: Rows = {
+    "cifar10": {
+        1: {"max_start_epoch": 4, "lr_y": 5.0, "lr_lr": 1e-7, "expansion_end": 0},
+        10: {"first_max_start_epoch": 10},
+        50: {
+            "max_start_epoch": 40,
+            "first_max_start_epoch": 20,
+            "lr_img": 1000.0,
+            "expansion_end": 2000,
+        },
+        500: {**_LARGE, "syn_steps": 40, "batch_syn": 1000},
+        1000: {**_LARGE, "syn_steps": 100, "batch_syn": 1000},
     },
-    1000: {
-        "syn_steps": 100,
-        "min_start_epoch": 40,
-        "max_start_epoch": 60,
-        "lr_img": 50.0,
-        "lr_y": 10.0,
-        "expansion_end": 0,
-        "batch_syn": 1000,
+    "cifar100": {
+        1: {"syn_steps": 40, "expert_epochs": 3, "lr_img": 1000.0, "lr_y": 10.0},
+        10: {
+            "max_start_epoch": 50,
+            "first_max_start_epoch": 30,
+            "lr_img": 1000.0,
+            "lr_y": 10.0,
+            "expansion_end": 2000,
+            "batch_syn": 1000,
+        },
+        50: {
+            **_LARGE,
+            "min_start_epoch": 20,
+            "max_start_epoch": 70,
+            "lr_img": 1000.0,
+            "batch_syn": 1000,
+        },
+        100: {**_LARGE, "min_start_epoch": 30, "max_start_epoch": 70, "batch_syn": 1000},
     },
-}  # fmt: skip
+    "tiny": {
+        1: {
+            "syn_steps": 40,
+            "first_max_start_epoch": 15,
+            "lr_img": 1e4,
+            "lr_y": 10.0,
+            "lr_lr": 1e-4,
+            "expansion_end": 2000,
+        },
+        10: {
+            **_LARGE,
+            "syn_steps": 40,
+            "min_start_epoch": 10,
+            "max_start_epoch": 50,
+            "lr_img": 100.0,
+            "lr_lr": 1e-4,
+            "batch_syn": 500,
+        },
+        50: {
+            **_LARGE,
+            "syn_steps": 20,
+            "max_start_epoch": 70,
+            "lr_img": 100.0,
+            "lr_lr": 1e-4,
+            "batch_syn": 1000,
+        },
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -97,14 +135,19 @@ class DATM(Matching):
 
     @classmethod
     def defaults(cls, like: Dataset, ipc: int) -> DATM:
-        """The authors' CIFAR-10 rows by images a class (1 to 1,000); on digits' scale a short version."""
+        """The authors' rows by data and images a class; on digits' scale a short version."""
         net = ConvNet.defaults(like)
         if small(like):
             first = 1 if ipc < 5 else 4
             return cls(
                 first_max_start_epoch=first, expansion_end=30, lr_y=1.0, mode="graph", net=net, **quick(ipc)
             )
-        return cls(**{"steps": 10_000, "syn_steps": 80, "lr_start": 0.01, "net": net, **row(ipc, ROWS)})
+        # Experts by FTD's columns.
+        alpha = 0.3 if scale(like) == "cifar10" and ipc < 30 else 1.0
+        return cls(
+            gsam_alpha=alpha,
+            **{"steps": 10_000, "syn_steps": 80, "lr_start": 0.01, "net": net, **row(like, ipc, ROWS)},
+        )
 
     @property
     def way(self) -> Literal["graph", "adjoint"]:

@@ -10,15 +10,8 @@ from distillens.core.contracts import Log, Problem, State
 from distillens.core.dataset import Dataset
 from distillens.core.recipe import Recipe
 from distillens.distillers._pixels import small
-from distillens.distillers._trajectory import Matching, quick, row
+from distillens.distillers._trajectory import MTT_ROWS, Matching, quick, row
 from distillens.nets.convnet import ConvNet
-
-# The authors' CIFAR-10 rows by images a class.
-ROWS = {
-    1: {"syn_steps": 50, "max_start_epoch": 2, "lr_img": 100.0, "lr_lr": 1e-7, "lr_start": 0.01},
-    10: {},
-    50: {"max_start_epoch": 40, "lr_img": 1000.0},
-}
 
 
 @dataclass(frozen=True)
@@ -42,11 +35,11 @@ class MTT(Matching):
 
     @classmethod
     def defaults(cls, like: Dataset, ipc: int) -> MTT:
-        """The authors' CIFAR-10 rows by images a class (1, 10, 50); on digits' scale a short version."""
+        """The authors' rows by data and images a class; on digits' scale a short version."""
         net = ConvNet.defaults(like)
         if small(like):
             return cls(mode="graph", net=net, **quick(ipc))
-        return cls(net=net, **row(ipc, ROWS))
+        return cls(net=net, **row(like, ipc, MTT_ROWS))
 
     @property
     def way(self) -> Literal["graph", "adjoint"]:

@@ -87,7 +87,7 @@ class RaTBPTT(Unrolling):
 
     @classmethod
     def defaults(cls, like: Dataset, ipc: int) -> RaTBPTT:
-        """The authors' CIFAR-10 values; on digits' scale a shorter training with larger rates, from real images."""
+        """The authors' values by data, hard labels; on digits' scale a shorter training with larger rates, from real images."""
         net = ConvNet.defaults(like)
         if small(like):
             return cls(
@@ -102,6 +102,12 @@ class RaTBPTT(Unrolling):
                 init="real",
                 net=net,
             )
+        if min(like.shape[1:]) >= 48:  # Tiny ImageNet
+            return cls(inner_steps=300, window=100, lr_img=0.0003, net=net)
+        if like.k >= 50:  # CIFAR-100
+            if ipc < 5:
+                return cls(inner_steps=130, window=90, lr_img=0.0003, net=net)
+            return cls(inner_steps=300, window=100, net=net)
         return cls(net=net)
 
     def start(self, problem: Problem) -> State:

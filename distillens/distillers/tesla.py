@@ -13,21 +13,28 @@ from distillens.core.dataset import Dataset
 from distillens.core.labels import Probabilities
 from distillens.core.recipe import Recipe
 from distillens.distillers._pixels import small
-from distillens.distillers._trajectory import Matching, Stretch, quick, row
+from distillens.distillers._trajectory import MTT_ROWS, Matching, Rows, Stretch, quick, row
 from distillens.experts import Trajectories
 from distillens.nets.convnet import ConvNet
 
-# The authors' CIFAR-10 row for 1 image a class; for more, MTT's values with TESLA's number of iterations.
-ROWS = {
-    1: {
-        "syn_steps": 50,
-        "max_start_epoch": 5,
-        "lr_img": 1000.0,
-        "lr_lr": 1e-7,
-        "lr_start": 0.01,
+# The authors' own rows: CIFAR-10 at 1 (MTT's beside it), CIFAR-100 at 50, ImageNet-1K at 1, 64 px.
+ROWS: Rows = {
+    "cifar10": {
+        **MTT_ROWS["cifar10"],
+        1: {"syn_steps": 50, "max_start_epoch": 5, "lr_img": 1000.0, "lr_lr": 1e-7, "lr_start": 0.01},
     },
-    10: {},
-    50: {"max_start_epoch": 40, "lr_img": 1000.0},
+    "tiny": {
+        **MTT_ROWS["tiny"],
+        1: {
+            "syn_steps": 10,
+            "expert_epochs": 3,
+            "max_start_epoch": 10,
+            "lr_img": 1e4,
+            "lr_lr": 1e-4,
+            "lr_start": 0.01,
+            "batch_syn": 100,
+        },
+    },
 }
 
 
@@ -53,12 +60,12 @@ class TESLA(Matching):
 
     @classmethod
     def defaults(cls, like: Dataset, ipc: int) -> TESLA:
-        """The authors' iterations and CIFAR-10 row; on digits' scale a short version."""
+        """The authors' iterations and rows, MTT's where they have none; on digits' scale a short version."""
         net = ConvNet.defaults(like)
         if small(like):
             shorter = {"syn_steps": 10, "lr_start": 0.2, "lr_img": 20.0} if ipc >= 5 else {}
             return cls(net=net, **{**quick(ipc), **shorter})
-        return cls(steps=10_000, net=net, **row(ipc, ROWS))
+        return cls(steps=10_000, net=net, **row(like, ipc, ROWS))
 
     @property
     def way(self) -> Literal["tesla"]:

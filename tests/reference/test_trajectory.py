@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pytest
@@ -546,3 +546,47 @@ def test_settings_that_do_not_fit_are_refused(make: Callable[[], Any], message: 
     with pytest.raises(UserError) as error:
         make()
     assert str(error.value) == message
+
+
+# ---- published settings ----
+
+
+@dataclass(frozen=True)
+class Images:
+    shape: tuple[int, int, int]
+    k: int
+
+
+CIFAR10, CIFAR100 = Images((3, 32, 32), 10), Images((3, 32, 32), 100)
+TINY, IMAGENET = Images((3, 64, 64), 200), Images((3, 128, 128), 10)
+
+
+@pytest.mark.parametrize(
+    ("kind", "like", "ipc", "published"),
+    [
+        (MTT, CIFAR10, 1, {"syn_steps": 50, "max_start_epoch": 2, "lr_lr": 1e-7, "lr_start": 0.01}),
+        (MTT, CIFAR10, 10, {"syn_steps": 30, "max_start_epoch": 20, "lr_img": 100.0, "lr_start": 0.001}),
+        (MTT, CIFAR10, 50, {"max_start_epoch": 40, "lr_img": 1000.0, "batch_syn": None, "lr_lr": 1e-5}),
+        (MTT, CIFAR100, 1, {"syn_steps": 20, "expert_epochs": 3, "max_start_epoch": 20}),
+        (MTT, CIFAR100, 50, {"syn_steps": 80, "max_start_epoch": 40, "batch_syn": 125}),
+        (MTT, TINY, 10, {"syn_steps": 20, "max_start_epoch": 40, "lr_img": 1e4, "batch_syn": 200}),
+        (MTT, IMAGENET, 1, {"syn_steps": 20, "max_start_epoch": 10, "lr_lr": 1e-6}),
+        (TESLA, CIFAR10, 1, {"steps": 10_000, "max_start_epoch": 5, "lr_img": 1000.0}),
+        (TESLA, CIFAR100, 50, {"syn_steps": 80, "lr_img": 1000.0, "lr_lr": 1e-5, "batch_syn": 125}),
+        (TESLA, TINY, 1, {"syn_steps": 10, "expert_epochs": 3, "lr_img": 1e4, "batch_syn": 100}),
+        (FTD, CIFAR10, 1, {"syn_steps": 50, "gsam_alpha": 0.3, "ema_decay": 0.9999, "rho": 0.01}),
+        (FTD, CIFAR10, 50, {"lr_start": 0.01, "gsam_alpha": 1.0, "ema_decay": 0.999}),
+        (FTD, CIFAR100, 50, {"batch_syn": 1000, "ema_decay": 0.999}),
+        (FTD, TINY, 1, {"syn_steps": 30, "max_start_epoch": 10, "lr_img": 1e4}),
+        (DATM, CIFAR10, 1, {"syn_steps": 80, "max_start_epoch": 4, "lr_y": 5.0, "expansion_end": 0}),
+        (DATM, CIFAR10, 10, {"first_max_start_epoch": 10, "max_start_epoch": 20, "lr_y": 2.0}),
+        (DATM, CIFAR10, 1000, {"syn_steps": 100, "min_start_epoch": 40, "max_start_epoch": 60}),
+        (DATM, CIFAR100, 10, {"first_max_start_epoch": 30, "max_start_epoch": 50, "gsam_alpha": 1.0}),
+        (DATM, TINY, 50, {"syn_steps": 20, "min_start_epoch": 40, "max_start_epoch": 70}),
+    ],
+)
+def test_defaults_are_the_published_rows(
+    kind: Any, like: Images, ipc: int, published: dict[str, Any]
+) -> None:
+    method = kind.defaults(like, ipc)
+    assert {name: getattr(method, name) for name in published} == published
