@@ -174,14 +174,15 @@ def make(
 ) -> DistilledDataset:
     """Make one distilled set, or load it where it is already made."""
     provenance = wanted.provenance(real, runs.plan)
+    bare = wanted.problem(real.train, {} if wanted.experts is None else {"experts": wanted.experts})
+    if to is None or force or not (to / "provenance.json").is_file():
+        # Before the folder is taken: what is refused is asked for again with other settings.
+        check_fits(wanted.name, wanted.distiller, bare)
     if to is not None:
         claim(to, provenance.to_json(), force=force)
         if (to / "provenance.json").is_file():
             return DistilledDataset.load(to)
-    bare = wanted.problem(real.train, {} if wanted.experts is None else {"experts": wanted.experts})
-    if announce is None or not wanted.distiller.steps:
-        check_fits(wanted.name, wanted.distiller, bare)
-    else:
+    if announce is not None and wanted.distiller.steps:
         announce(outlook(wanted.name, wanted.distiller, bare, runs.plan, runs.engine.workers).text())
     problem = wanted.problem(real.train, inputs_of([wanted], real, runs, tell)[0])
     return run(wanted.distiller, problem, provenance, to, tell)
@@ -348,6 +349,11 @@ def check_device(name: str) -> torch.device:
     return device
 
 
+def workers_for(plan: Plan, device: str) -> int:
+    """As many workers as the cores carry; one for an accelerator."""
+    return max(1, cores() // plan.threads) if torch.device(device).type == "cpu" else 1
+
+
 @contextmanager
 def session(
     real: Splits,
@@ -362,8 +368,7 @@ def session(
     The threads of the plan hold for this process too meanwhile: their number is part of what settles the last bits.
     """
     plan = plan or Plan.resolve(real.train, cores())
-    if workers is None:
-        workers = max(1, cores() // plan.threads) if torch.device(device).type == "cpu" else 1
+    workers = workers or workers_for(plan, device)
     with pinned_threads(plan.threads), Engine(workers, plan.threads) as engine:
         yield Runs(plan, engine, store)
 

@@ -198,13 +198,22 @@ class Forecast:
         )
 
 
+def check_fits(study: Study, workers: int) -> None:
+    """See that as many distillations at a time as there are workers fit into the free memory.
+
+    Raises:
+        UserError: they do not; the message says what would.
+    """
+    for (name, ipc), one in {(one.name, one.ipc): one for one in study.orders}.items():
+        alike = sum((other.name, other.ipc) == (name, ipc) for other in study.orders)
+        problem = one.problem(study.real.train)
+        forecasts.check_fits(name, one.distiller, problem, at_once=min(workers, alike))
+
+
 def forecast(study: Study, workers: int) -> Forecast:
     """The cost of a whole study: trainings counted exactly, time from a few steps of each method and of one model.
 
-    Random subsets stand in for the sets that are not there yet: they have the same sizes.
-
-    Raises:
-        UserError: as many distillations as there are workers do not fit into the free memory.
+    What each method starts from stands in for the sets that are not there yet.
     """
     real = study.real
     seconds, trainings = 0.0, []
@@ -212,7 +221,6 @@ def forecast(study: Study, workers: int) -> Forecast:
     for one in kinds.values():
         alike = [other for other in study.orders if (other.name, other.ipc) == (one.name, one.ipc)]
         problem = one.problem(real.train)
-        forecasts.check_fits(one.name, one.distiller, problem, at_once=min(workers, len(alike)))
         with pinned_threads(study.plan.threads):
             each = forecasts.seconds_a_step(one.distiller, problem)
         if each is not None:
@@ -286,8 +294,12 @@ def study(
         UserError: a wish does not fit, or the folder was made with others.
     """
     wanted = design(real.to(pipeline.check_device(device)), **wishes)
-    claim(to, wanted.request(), force=force)
+    workers = workers or pipeline.workers_for(wanted.plan, device)
     page = to / "report.html"
+    if force or not page.is_file():
+        # Before the folder is taken: what is refused is asked for again with other settings.
+        check_fits(wanted, workers)
+    claim(to, wanted.request(), force=force)
     if page.is_file():
         announce(f"nothing to do: {page} is finished (--force does it again)")
         return page

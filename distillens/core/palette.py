@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 
-_PAPER = {
+_KNOWN = {
     "real": "#000000",
     "full data": "#000000",
     "bptt": "#E69F00",
@@ -13,10 +13,17 @@ _PAPER = {
     "mtt": "#CC79A7",
     "random_subset": "#7F7F7F",
     "herding": "#B0A18F",
+    # The paper does not draw these.
+    "tesla": "#A6761D",
+    "ftd": "#D55E00",
+    "datm": "#66A61E",
+    "wang2018": "#56B4E9",
+    "rtp": "#8C6BB1",
+    "rat_bptt": "#7B1E3A",
 }
-_OTHERS = ("#56B4E9", "#D55E00", "#8C6BB1", "#A6761D", "#66A61E", "#E7298A")
+_OTHERS = ("#E7298A", "#1F9E9E", "#3B528B", "#B5A000", "#A0522D", "#5E8C31")
 
 
 def colour(name: str) -> str:
-    """A hex colour; a name that the paper does not draw keeps one of its own, whatever stands beside it."""
-    return _PAPER.get(name) or _OTHERS[zlib.crc32(name.encode()) % len(_OTHERS)]
+    """A hex colour; a name that is not known keeps one of its own, whatever stands beside it."""
+    return _KNOWN.get(name) or _OTHERS[zlib.crc32(name.encode()) % len(_OTHERS)]
