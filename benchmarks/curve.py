@@ -35,7 +35,7 @@ from distillens.train import networks
 RESULTS = Path(__file__).parent / "results"
 
 
-def curve(asked: argparse.Namespace) -> dict[str, Any]:
+def curve(asked: argparse.Namespace) -> None:
     real = load(asked.data)
     at = sorted({int(step) for step in asked.at.split(",")})
     order = pipeline.order(
@@ -47,31 +47,31 @@ def curve(asked: argparse.Namespace) -> dict[str, Any]:
     )
     width = settings_of(order.distiller).get("net.width", ConvNet.defaults(real.train).width)
     accuracy = replace(accuracy, net=replace(accuracy.net, width=width))
-    points = []
     with pipeline.session(real, asked.store, plan=plan, workers=max(1, 2 // plan.threads)) as runs:
+        made = about(asked, order, accuracy, real, runs)
         begun = time.monotonic()
         problem = order.problem(real.train, pipeline.inputs_of([order], real, runs, tell)[0])
-        before = time.monotonic() - begun
-        method, spent = order.distiller, 0.0
+        made["seconds_before"] = round(time.monotonic() - begun)
+        method, spent, loss = order.distiller, 0.0, None
         state = method.start(problem)
-        losses: list[float] = []
         for step in range(at[-1] + 1):
             if step in at:
-                made = replace(method.finish(problem, state), provenance=order.provenance(real, plan))
-                points.append(
-                    {"step": step, "seconds": round(spent), **judged(made, order.name, real, accuracy, runs)}
-                )
-                points[-1]["loss"] = losses[-1] if losses else None
-                print(points[-1], flush=True)
+                now = replace(method.finish(problem, state), provenance=order.provenance(real, plan))
+                point = {"step": step, "seconds": round(spent), "loss": loss}
+                made["points"].append(point | {"accuracy": judged(now, real, accuracy, runs)})
+                print(made["points"][-1], flush=True)
+                keep(asked.name, made)  # a run that is cut off keeps its points
             if step < at[-1]:
                 begun = time.monotonic()
                 state, log = method.step(problem, state, step)
-                spent += time.monotonic() - begun
-                losses.append(log["loss"])
-        random = pipeline.with_baselines(Sets({order.name: (made,)}), real, runs, seed=asked.seed)
-        beside = judged(random.random[0], "random_subset", real, accuracy, runs)
-        full = accuracy._full(Sets({"random_subset": random.random}), real, pipeline.analysis_key(asked.seed))
-        whole = [float(p.accuracy(real.test)) for p in runs.get(*full)]
+                spent, loss = spent + time.monotonic() - begun, log["loss"]
+
+
+def about(asked: argparse.Namespace, order: Any, accuracy: Accuracy, real: Any, runs: Any) -> dict[str, Any]:
+    """What a curve is known by, and what stands beside it."""
+    chosen = pipeline.order("random_subset", real, asked.ipc, seed=asked.seed)
+    random = replace(pipeline._selected(chosen, real, {}), provenance=chosen.provenance(real, runs.plan))
+    whole = accuracy._full(Sets({"random_subset": (random,)}), real, pipeline.analysis_key(asked.seed))
     settings = describe(order.distiller)
     del settings["steps"]
     return {
@@ -84,21 +84,30 @@ def curve(asked: argparse.Namespace) -> dict[str, Any]:
         "seed": asked.seed,
         "protocol": asked.protocol,
         "net": describe(accuracy.net),
-        "points": points,
-        "random_subset": beside["accuracy"],
-        "full": asdict(Estimate.mean(whole, "network")),
-        "seconds_before": round(before),
+        "points": [],
+        "random_subset": judged(random, real, accuracy, runs),
+        "full": asdict(Estimate.mean([float(p.accuracy(real.test)) for p in runs.get(*whole)], "network")),
         "threads": asked.threads,
         "environment": environment(),
     }
 
 
-def judged(made: Any, name: str, real: Any, accuracy: Accuracy, runs: Any) -> dict[str, Any]:
+def keep(name: str, made: dict[str, Any]) -> None:
+    """Put a curve beside the others, in the place of an earlier one of its kind."""
+    path = RESULTS / f"curve-{name}.json"
+    kept = json.loads(path.read_text())["curves"] if path.is_file() else []
+    known = ("method", "settings", "data_fingerprint", "ipc", "seed", "protocol")
+    others = [one for one in kept if any(one[key] != made[key] for key in known)]
+    curves = sorted([*others, made], key=lambda one: (one["data"], one["ipc"], one["method"]))
+    write_json(path, {"curves": curves})
+
+
+def judged(made: Any, real: Any, accuracy: Accuracy, runs: Any) -> dict[str, Any]:
     """Test accuracy of the networks that look at one set."""
     keys = networks(pipeline.analysis_key(0), 0, accuracy.protocol.nets)
     (training,) = accuracy._candidates(made, made, keys)
     scores = [float(a) for a in runs.get(training)[0].accuracy(real.test)]
-    return {"accuracy": asdict(Estimate.mean(scores, "network (one set: training only)"))}
+    return asdict(Estimate.mean(scores, "network (one set: training only)"))
 
 
 def tell(what: str, done: int, total: int) -> None:
@@ -120,12 +129,7 @@ def main() -> None:
     parser.add_argument("--store", type=Path, default=None)
     asked = parser.parse_args()
     settle_process()
-    made = curve(asked)
-    path = RESULTS / f"curve-{asked.name}.json"
-    kept = json.loads(path.read_text())["curves"] if path.is_file() else []
-    known = ("method", "settings", "data_fingerprint", "ipc", "seed", "protocol")
-    others = [one for one in kept if any(one[key] != made[key] for key in known)]
-    write_json(path, {"curves": [*others, made]})
+    curve(asked)
 
 
 if __name__ == "__main__":
