@@ -115,7 +115,8 @@ def curve_table(name: str) -> str:
         width, depth = one["net"]["width"], one["net"]["depth"]
         notes.append(
             f"{one['method']}: {one['ipc']} images a class, ConvNet D{depth} **W{width}**, protocol {one['protocol']}, "
-            f"{' '.join(f'`{s}`' for s in one['changed'])}; inputs trained in {one['seconds_before'] / 60:.0f} min; "
+            f"{' '.join(f'`{s}`' for s in one['changed'])}; n = {one['points'][0]['accuracy']['n']} networks of one set: "
+            "intervals cover training only; "
             f"{one['environment']['device']}, commit {one['environment']['commit']}."
         )
     return "\n".join([*lines, "", *(f"- {note}" for note in notes)])
