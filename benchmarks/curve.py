@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -49,22 +48,19 @@ def curve(asked: argparse.Namespace) -> None:
     accuracy = replace(accuracy, net=replace(accuracy.net, width=width))
     with pipeline.session(real, asked.store, plan=plan, workers=max(1, 2 // plan.threads)) as runs:
         made = about(asked, order, accuracy, real, runs)
-        begun = time.monotonic()
         problem = order.problem(real.train, pipeline.inputs_of([order], real, runs, tell)[0])
-        made["seconds_before"] = round(time.monotonic() - begun)
-        method, spent, loss = order.distiller, 0.0, None
+        method, loss = order.distiller, None
         state = method.start(problem)
         for step in range(at[-1] + 1):
             if step in at:
                 now = replace(method.finish(problem, state), provenance=order.provenance(real, plan))
-                point = {"step": step, "seconds": round(spent), "loss": loss}
+                point = {"step": step, "loss": loss}
                 made["points"].append(point | {"accuracy": judged(now, real, accuracy, runs)})
                 print(made["points"][-1], flush=True)
                 keep(asked.name, made)  # a run that is cut off keeps its points
             if step < at[-1]:
-                begun = time.monotonic()
                 state, log = method.step(problem, state, step)
-                spent, loss = spent + time.monotonic() - begun, log["loss"]
+                loss = log["loss"]
 
 
 def about(asked: argparse.Namespace, order: Any, accuracy: Accuracy, real: Any, runs: Any) -> dict[str, Any]:

@@ -95,8 +95,8 @@ def curve_table(name: str) -> str:
     """Accuracy along distillations, with what stands beside each."""
     saved = json.loads((RESULTS / f"curve-{name}.json").read_text())
     lines = [
-        "| method | step | test accuracy | loss | hours | random subset | full data |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| method | step | test accuracy | loss | random subset | full data |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     notes = []
     for one in saved["curves"]:
@@ -107,7 +107,6 @@ def curve_table(name: str) -> str:
                 str(point["step"]),
                 _estimate(point["accuracy"]),
                 loss,
-                f"{point['seconds'] / 3600:.2f}",
                 f"{one['random_subset']['value']:.3f}",
                 f"{one['full']['value']:.3f}",
             )
