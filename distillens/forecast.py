@@ -21,7 +21,7 @@ from distillens.engine.workers import pinned_threads
 from distillens.experts import Experts, Trajectories
 from distillens.train import Training, train
 
-SLACK = 1.2  # what allocators and workspaces add to the bytes that autograd keeps: 1.15 measured at 32 px
+SLACK = 1.25  # allocators and workspaces add to what autograd keeps: 1.22 in benchmarks/results/memory.json
 STEPS = 3  # steps that are timed, the first of which warms up
 BUDGET = 5.0  # seconds after which no further one is
 

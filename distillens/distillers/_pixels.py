@@ -83,11 +83,12 @@ def moved(state: State, gradient: torch.Tensor, lr: float, momentum: float, name
     Raises:
         DivergedError: the gradient is not finite; the state before the step is kept.
     """
-    check_finite(gradient, f"the gradient of the {name}", "lr_img")
+    setting = "lr_y" if name == "logits" else "lr_img"
+    check_finite(gradient, f"the gradient of the {name}", setting)
     at = velocity_of(name)
     velocity = momentum * state.tensors[at] + gradient
     after = state.tensors[name] - lr * velocity
-    check_finite(after, f"the step of the {name}", "lr_img")
+    check_finite(after, f"the step of the {name}", setting)
     return State({**state.tensors, name: after, at: velocity}, state.values)
 
 
