@@ -123,6 +123,10 @@ def test_what_does_not_fit_is_refused_with_what_would(
     whole = forecast.SLACK * method.memory(problem)
     short_of_memory(monkeypatch, whole)
     assert forecast.check_fits("bptt", method, problem) == whole
+    short_of_memory(monkeypatch, 2 * whole)  # two at a time fit, three do not
+    assert forecast.check_fits("bptt", method, problem, at_once=2) == 2 * whole
+    with pytest.raises(UserError, match="needed by 3 at once"):
+        forecast.check_fits("bptt", method, problem, at_once=3)
     short_of_memory(monkeypatch, whole / 2)
     need = size_in_words(forecast.SLACK * replace(method, mode="adjoint").memory(problem))
     with pytest.raises(UserError) as error:
