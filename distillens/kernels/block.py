@@ -1,0 +1,197 @@
+"""The block of the field's ConvNet, {3 x 3 convolution, instance norm, ReLU, average pooling by 2}, as one function.
+
+Its first and second derivatives are written out, so that no step of them walks over memory more than it must, and so
+that the second takes the products that PyTorch's own conv takes for the first (its double backward runs a convolution
+with the images as channels, which no library is fast at). A third derivative falls back on plain PyTorch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from distillens.kernels import planes
+
+EPSILON = 1e-5  # PyTorch's
+
+
+def plain(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    gamma: torch.Tensor,
+    beta: torch.Tensor,
+    padding: int = 1,
+    groups: int = 1,
+) -> torch.Tensor:
+    """The block in plain PyTorch."""
+    z = F.conv2d(x, weight, bias, padding=padding, groups=groups)
+    return F.avg_pool2d(F.relu(F.group_norm(z, z.shape[1], gamma, beta, EPSILON)), 2)
+
+
+def fused(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    gamma: torch.Tensor,
+    beta: torch.Tensor,
+    padding: int = 1,
+    groups: int = 1,
+) -> torch.Tensor:
+    """The block by the kernels: ``x`` [n, c, h, w] to [n, o, h' // 2, w' // 2], in the precision of ``x``.
+
+    ``weight`` [o, c / groups, 3, 3] and ``bias`` [o] are rounded to it; gamma and beta [o] are not, nor are sums.
+    """
+    y: torch.Tensor = _Block.apply(x, weight, bias, gamma, beta, padding, groups)
+    return y
+
+
+def _conv(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, padding: int, groups: int) -> torch.Tensor:
+    return torch.conv2d(x, w, b, padding=padding, groups=groups)
+
+
+def _conv_back(
+    g: torch.Tensor, x: torch.Tensor, w: torch.Tensor, padding: int, groups: int, wanted: tuple[bool, bool, bool]
+) -> tuple[Any, Any, Any]:
+    """The gradient in x, w and bias, where wanted."""
+    if not any(wanted):
+        return None, None, None
+    found = torch.ops.aten.convolution_backward(
+        g, x, w, [len(w)], [1, 1], [padding, padding], [1, 1], False, [0, 0], groups, list(wanted)
+    )
+    return tuple(piece if want else None for piece, want in zip(found, wanted, strict=True))  # type: ignore[return-value]
+
+
+class _Block(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        gamma: torch.Tensor,
+        beta: torch.Tensor,
+        padding: int,
+        groups: int,
+    ) -> torch.Tensor:
+        x = x.contiguous()
+        w = weight.to(x.dtype)
+        z = _conv(x, w, bias.to(x.dtype), padding, groups)
+        y, means, rstds = planes.forward(z, gamma, beta, EPSILON)
+        ctx.save_for_backward(x, weight, bias, gamma, beta, z, means, rstds)
+        ctx.sizes = padding, groups
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> Any:
+        wanted = tuple(ctx.needs_input_grad[:5])
+        return (*_Slope.apply(g, *ctx.saved_tensors, *ctx.sizes, wanted), None, None)
+
+
+class _Slope(torch.autograd.Function):
+    """The block's gradient in x, weight, bias, gamma and beta, from the one in its result."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        g: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        gamma: torch.Tensor,
+        beta: torch.Tensor,
+        z: torch.Tensor,
+        means: torch.Tensor,
+        rstds: torch.Tensor,
+        padding: int,
+        groups: int,
+        wanted: tuple[bool, ...],
+    ) -> Any:
+        g = g.contiguous()
+        gz, ggamma, gbeta = planes.backward(g, z, gamma, beta, means, rstds)
+        gx, gw, gb = _conv_back(
+            gz, x, weight.to(x.dtype), padding, groups, (wanted[0], wanted[1], wanted[2])
+        )
+        ctx.save_for_backward(g, x, weight, bias, gamma, beta, z, means, rstds, gz)
+        ctx.sizes = padding, groups
+        ctx.set_materialize_grads(False)
+        return (
+            gx,
+            None if gw is None else gw.to(weight.dtype),
+            None if gb is None else gb.to(weight.dtype),
+            ggamma if wanted[3] else None,
+            gbeta if wanted[4] else None,
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *v: torch.Tensor | None) -> Any:
+        g, x, weight, bias, gamma, beta, z, means, rstds, gz = ctx.saved_tensors
+        padding, groups = ctx.sizes
+        if torch.is_grad_enabled():
+            return (*_third(g, x, weight, bias, gamma, beta, padding, groups, v), *[None] * 6)
+        vx, vw, vb, vgamma, vbeta = v
+        needs_g, needs_x, needs_w, needs_b = ctx.needs_input_grad[:4]
+        kind = x.dtype
+        w = weight.to(kind)
+        if vx is not None:
+            vx = vx.contiguous()
+        # In gz, by the convolution's gradients, which are linear in it.
+        in_gz = None if vx is None else _conv(vx, w, None if vb is None else vb.to(kind), padding, groups)
+        if vw is not None:
+            through = _conv(x, vw.to(kind), None if in_gz is not None or vb is None else vb.to(kind), padding, groups)
+            in_gz = through if in_gz is None else in_gz.add_(through)
+        elif in_gz is None:
+            in_gz = torch.zeros_like(z) if vb is None else vb.to(kind)[:, None, None].expand_as(z)
+        nothing = torch.zeros_like(gamma)
+        sg, sz, sgamma = planes.twice(
+            in_gz.contiguous(),
+            nothing if vgamma is None else vgamma.contiguous(),
+            nothing if vbeta is None else vbeta.contiguous(),
+            g,
+            z,
+            gamma,
+            beta,
+            means,
+            rstds,
+        )
+        sx, sw, sb = _conv_back(sz, x, w, padding, groups, (needs_x, needs_w, needs_b))
+        if needs_x and vw is not None:
+            more = _conv_back(gz, x, vw.to(kind), padding, groups, (True, False, False))[0]
+            sx = sx.add_(more)
+        if needs_w and vx is not None:
+            sw = sw.add_(_conv_back(gz, vx, w, padding, groups, (False, True, False))[1])
+        return (
+            sg if needs_g else None,
+            sx,
+            None if sw is None else sw.to(weight.dtype),
+            None if sb is None else sb.to(weight.dtype),
+            sgamma,
+            nothing,  # where the ReLU bends, the derivative in beta is nowhere
+            *[None] * 6,
+        )
+
+
+def _third(
+    g: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    gamma: torch.Tensor,
+    beta: torch.Tensor,
+    padding: int,
+    groups: int,
+    v: tuple[torch.Tensor | None, ...],
+) -> tuple[torch.Tensor | None, ...]:
+    """The derivative of <v, gradients> as a plain graph that can be differentiated on."""
+    inputs = (x, weight, bias, gamma, beta)
+    kinds = [t if t.requires_grad else t.detach().requires_grad_() for t in inputs]
+    y = plain(kinds[0], *(t.to(x.dtype) for t in kinds[1:]), padding, groups)
+    gradients = torch.autograd.grad(y, kinds, g, create_graph=True)
+    total = sum((one * other).sum() for one, other in zip(gradients, v, strict=True) if other is not None)
+    if not isinstance(total, torch.Tensor) or not total.requires_grad:
+        return (None,) * 6
+    wanted = [t for t in (g, *inputs) if t.requires_grad]
+    found = iter(torch.autograd.grad(total, wanted, create_graph=True, allow_unused=True))
+    return tuple(next(found) if t.requires_grad else None for t in (g, *inputs))

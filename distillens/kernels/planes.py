@@ -1,0 +1,156 @@
+"""Norm, ReLU and average pooling in one pass over memory: ``planes.cpp``, compiled on first use.
+
+PyTorch walks over an activation seven times for these three, forward and back, which on a CPU costs more than the
+convolutions of a small network. Compiling takes about three seconds, once a machine: the library is kept in the user's
+cache folder under a name made from the source, the compiler and the processor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+# Sums may be taken in any order, which the compiler settles once: not-a-number stays what it is.
+FLAGS = (
+    "-O2",
+    "-ftree-vectorize",
+    "-march=native",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fassociative-math",
+    "-fno-signed-zeros",
+    "-fopenmp",
+    "-fPIC",
+    "-shared",
+)
+LARGEST = 128 * 128  # pixels of a plane that the kernels hold on the stack
+_KINDS = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
+
+
+def available() -> bool:
+    """Whether the kernels can be used here: there is a compiler, and what it made agrees with PyTorch."""
+    return _library() is not None
+
+
+def fit(z: torch.Tensor) -> bool:
+    """Whether planes of such a tensor [n, c, h, w] are ones that the kernels take."""
+    h, w = z.shape[-2:]
+    return z.device.type == "cpu" and z.dtype in _KINDS and h * w <= LARGEST and h > 1 and w > 1
+
+
+def forward(
+    z: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pooled activations [n, c, h // 2, w // 2] of ``z`` [n, c, h, w]; mean and 1 / deviation [n * c] of each plane."""
+    n, c, h, w = z.shape
+    y = z.new_empty(n, c, h // 2, w // 2)
+    means, rstds = gamma.new_empty(n * c), gamma.new_empty(n * c)
+    _call("forward", z, (z, gamma, beta, y, means, rstds), ctypes.c_double(epsilon))
+    return y, means, rstds
+
+
+def backward(
+    g: torch.Tensor,
+    z: torch.Tensor,
+    gamma: torch.Tensor,
+    beta: torch.Tensor,
+    means: torch.Tensor,
+    rstds: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradient in ``z``, gamma [c] and beta [c] from the one in the pooled activations."""
+    n, c = z.shape[:2]
+    gz = torch.empty_like(z)
+    ggamma, gbeta = gamma.new_empty(n, c), gamma.new_empty(n, c)
+    _call("backward", z, (g, z, gamma, beta, means, rstds, gz, ggamma, gbeta))
+    return gz, ggamma.sum(0), gbeta.sum(0)
+
+
+def twice(
+    v: torch.Tensor,
+    vgamma: torch.Tensor,
+    vbeta: torch.Tensor,
+    g: torch.Tensor,
+    z: torch.Tensor,
+    gamma: torch.Tensor,
+    beta: torch.Tensor,
+    means: torch.Tensor,
+    rstds: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradient in g, z and gamma of <v, gz> + <vgamma, ggamma> + <vbeta, gbeta>, the results of ``backward``."""
+    n, c = z.shape[:2]
+    sg, sz, sgamma = torch.empty_like(g), torch.empty_like(z), gamma.new_empty(n, c)
+    _call("twice", z, (v, vgamma, vbeta, g, z, gamma, beta, means, rstds, sg, sz, sgamma))
+    return sg, sz, sgamma.sum(0)
+
+
+def _call(name: str, z: torch.Tensor, tensors: tuple[torch.Tensor, ...], *more: ctypes.c_double) -> None:
+    library = _library()
+    assert library is not None, "asked for without a look at available()"
+    n, c, h, w = z.shape
+    function = getattr(library, f"{name}_{_KINDS[z.dtype]}")
+    sizes = map(ctypes.c_int64, (n * c, c, h, w))
+    function(*(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors), *sizes, *more)
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None or sys.platform == "win32":
+        return None
+    try:
+        path = _compiled(compiler)
+        # torch has loaded the OpenMP library by now: the kernels share its threads, and their number.
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _compiled(compiler: str) -> Path:
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
+    parts = (SOURCE.read_bytes(), " ".join(FLAGS).encode(), version, _processor().encode())
+    name = f"planes-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:32]}.so"
+    path = _folder() / name
+    if not path.is_file():
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            made = Path(scratch) / name
+            command = [compiler, *FLAGS, str(SOURCE), "-o", str(made)]
+            subprocess.run(command, capture_output=True, check=True, timeout=300)
+            made.replace(path)
+    return path
+
+
+def _processor() -> str:
+    """What the compiler's ``native`` stands for: a cache folder may be shared by machines that differ."""
+    flags = ""
+    if sys.platform == "linux":
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{platform.machine()} {platform.processor()} {flags}"
+
+
+def _folder() -> Path:
+    """A folder that is nobody else's: what lies there is run."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distillens"
+    try:
+        base.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if os.access(base, os.W_OK):
+            return base
+    except OSError:
+        pass
+    return Path(_session_folder().name)
+
+
+@cache
+def _session_folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="distillens-kernels-")
