@@ -21,7 +21,8 @@ from distillens import Key, Recipe, load
 from distillens.core.storage import write_json
 from distillens.engine.plan import Plan
 from distillens.engine.workers import pinned_threads, settle_process
-from distillens.nets.convnet import ConvNet, _average_pool
+from distillens.kernels.conv_block import average_pool
+from distillens.nets.convnet import ConvNet
 from distillens.train import Training, train_chunk
 
 REPEATS = 15
@@ -53,7 +54,7 @@ def pooling() -> dict[str, float]:
     g = Key(1).normal(100, 32, 4, 4)
     return ratio(
         lambda: torch.autograd.grad(F.avg_pool2d(x, 2), x, g),
-        lambda: torch.autograd.grad(_average_pool(x), x, g),
+        lambda: torch.autograd.grad(average_pool(x), x, g),
     )
 
 

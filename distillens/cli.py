@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from distillens import __version__
-from distillens.core.checks import UserError
+from distillens.core.checks import UserError, one_of
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -41,12 +41,23 @@ Seed = Annotated[int, typer.Option("--seed", min=0, help="The seed that every ke
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 Force = Annotated[bool, typer.Option("--force", help="Do it again, over what is there.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1.")]
+PrecisionOption = Annotated[
+    str | None, typer.Option("--precision", help="float32 (default), float64, or bfloat16 for convolutions.")
+]
 Folders = Annotated[list[Path], typer.Argument(help="Run folders of distilled sets.")]
 
 
 def _many(values: Sequence[str] | None) -> list[str]:
     """Comma-separated or repeated values as one list."""
     return [part.strip() for value in values or () for part in value.split(",") if part.strip()]
+
+
+def _precision(value: str | None) -> Any:
+    from distillens.engine.plan import PRECISIONS
+
+    if value is not None:
+        one_of("precision", value, PRECISIONS)
+    return value
 
 
 def _sizes(values: Sequence[str] | None) -> list[int]:
@@ -123,6 +134,7 @@ def study(
         int | None, typer.Option("--workers", min=1, help="Processes; all cores by default.")
     ] = None,
     device: Device = "cpu",
+    precision: PrecisionOption = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -143,6 +155,7 @@ def study(
             seed=seed,
             workers=workers,
             device=device,
+            precision=_precision(precision),
             force=force,
             tell=tell,
             announce=(lambda line: None)
@@ -163,6 +176,7 @@ def distill(
     seed: Seed = 0,
     replicate: Annotated[int, typer.Option("--replicate", min=0, help="Which replicate of the seed.")] = 0,
     device: Device = "cpu",
+    precision: PrecisionOption = None,
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Threads; part of what settles the last bits.")
     ] = None,
@@ -194,6 +208,7 @@ def distill(
             force=force,
             device=device,
             threads=threads,
+            precision=_precision(precision),
             store=store,
             experts=experts,
             tell=tell,

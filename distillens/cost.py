@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from distillens import kernels
 from distillens.core.contracts import Like, Net
 from distillens.core.rng import Key
 from distillens.core.vector import Shapes
@@ -62,13 +63,13 @@ class _Images:
 
 
 def cost(net: Net, like: Like) -> Cost:
-    """The cost of a network on such images: counted, by what autograd saves for one and for three of them."""
+    """The cost of a network on such images, by the kernels in use: counted, by what autograd saves for one and three."""
     known: Any = net  # a frozen dataclass: it can be looked up
-    return _cost(known, _Images(like.shape, like.k))
+    return _cost(known, _Images(like.shape, like.k), kernels.current())
 
 
 @lru_cache(maxsize=64)
-def _cost(net: Any, like: _Images) -> Cost:
+def _cost(net: Any, like: _Images, setting: kernels.Setting) -> Cost:
     params, buffers = net.init(like, Key(0))
     shapes = Shapes.of(params)
     flat = shapes.flatten(params).requires_grad_()

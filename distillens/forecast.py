@@ -17,7 +17,6 @@ from distillens.core.rng import Key
 from distillens.core.vector import Shapes
 from distillens.cost import free_bytes, size_in_words
 from distillens.engine.plan import Plan
-from distillens.engine.workers import pinned_threads
 from distillens.experts import Experts, Trajectories
 from distillens.train import Training, train
 
@@ -107,7 +106,7 @@ def outlook(name: str, distiller: Distiller, problem: Problem, plan: Plan, worke
     trainings = trainings_of(need for name, need in needs.items() if name not in problem.inputs)
     pass_seconds = max((seconds_a_pass(training, plan) for training in trainings), default=0.0)
     passes = sum(2.93 * training.image_steps for training in trainings)
-    with pinned_threads(plan.threads):
+    with plan.pinned():
         each = seconds_a_step(distiller, problem) or pass_seconds * distiller.work(problem) / max(
             distiller.steps, 1
         )
@@ -171,7 +170,7 @@ def seconds_a_pass(training: Training, plan: Plan) -> float:
     recipe = training.recipe.but(steps=4, batch=None, schedule="constant", rho=0.0, gsam_alpha=0.0)
     short = Training(data, training.net, recipe, training.keys[:1])
     times: list[float] = []
-    with pinned_threads(plan.threads):
+    with plan.pinned():
         while len(times) < 4 and sum(times) < BUDGET:  # the fastest is the least disturbed
             begun = time.perf_counter()
             train(short, plan)

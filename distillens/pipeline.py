@@ -17,22 +17,24 @@ import distillens
 from distillens import analyses, distillers, formats, nets
 from distillens.core.artefact import DistilledDataset, Provenance
 from distillens.core.checks import DivergedError, UserError, at_least, unknown
-from distillens.core.config import describe, override, settings_of
+from distillens.core.config import describe, override, restore, settings_of
 from distillens.core.contracts import Analysis, Distiller, Problem, Sets, State
 from distillens.core.dataset import Dataset, Splits
 from distillens.core.result import Result
 from distillens.core.rng import Key
 from distillens.core.storage import read_json, write_json
 from distillens.data import load, sources
-from distillens.engine.plan import Plan, cores
-from distillens.engine.workers import Engine, pinned_threads
+from distillens.engine.plan import Plan, Precision, cores
+from distillens.engine.workers import Engine
 from distillens.evaluation import protocol as protocols
 from distillens.evaluation.accuracy import Accuracy
 from distillens.experts import Experts, Trajectories
 from distillens.forecast import check_fits, outlook
+from distillens.nets import default_net
 from distillens.report import write
 from distillens.runs import Runs
 from distillens.train import Training
+from distillens.tuning import plan_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -125,6 +127,7 @@ def distill(
     force: bool = False,
     device: str = "cpu",
     threads: int | None = None,
+    precision: Precision | None = None,
     store: Path | None = None,
     experts: Path | None = None,
     tell: Tell = silent,
@@ -132,7 +135,8 @@ def distill(
 ) -> DistilledDataset:
     """Distil a dataset with one method.
 
-    ``threads`` are part of what settles the last bits: all cores on large images where none are named. What the
+    ``threads`` are part of what settles the last bits: what is fastest here where none are named. ``precision`` is
+    float32, float64 or bfloat16 (``Plan``). What the
     method starts from is trained into ``store`` and stays there for the next one (experts serve all methods that
     follow them); without one it is thrown away at the end. ``experts`` is a folder of imported ones to follow instead.
     ``announce`` is told what it will cost, before it runs.
@@ -153,7 +157,7 @@ def distill(
             raise UserError(f"{method} follows no experts", fix="leave --experts out")
         wanted = replace(wanted, experts=Trajectories.load(experts))
     own = to.parent / f".{to.name}.store" if to and not store else None
-    plan = Plan.resolve(real.train)
+    plan = recorded_plan(to, force, precision) or chosen_plan(real, precision=precision)
     plan = replace(plan, threads=threads or plan.threads)
     with session(real, store or own, plan=plan, device=device) as runs:
         done = make(wanted, real, runs, to, force=force, tell=tell, announce=announce)
@@ -212,12 +216,20 @@ def run(
     to: Path | None,
     tell: Tell = silent,
 ) -> DistilledDataset:
-    """All steps of one distillation, with a checkpoint now and then, and the finished set.
+    """All steps of one distillation by the plan of its provenance, with a checkpoint now and then, and the finished set.
 
     Raises:
         UserError: a step cannot be done. What was reached is kept: as a checkpoint, and as a set of its own in
             ``last_good`` where the numbers left the finite.
     """
+    plan: Plan = restore(provenance.plan)
+    with plan.pinned():
+        return _run(distiller, problem, provenance, to, tell)
+
+
+def _run(
+    distiller: Distiller, problem: Problem, provenance: Provenance, to: Path | None, tell: Tell
+) -> DistilledDataset:
     started = distiller.start(problem)
     state, first = started, 0
     history: dict[str, list[float]] = {}
@@ -349,6 +361,26 @@ def check_device(name: str) -> torch.device:
     return device
 
 
+def chosen_plan(real: Splits, *, jobs: int = 1, precision: Precision | None = None) -> Plan:
+    """The plan of this machine for such data, ``jobs`` at a time, in float32 where no precision is named."""
+    return plan_for(real.train, default_net(real.train), jobs=jobs, precision=precision or "float32")
+
+
+def recorded_plan(folder: Path | None, force: bool, precision: Precision | None) -> Plan | None:
+    """The plan that a run folder was begun with, which goes on with it; None where it is begun now.
+
+    A plan of another precision than the one asked for is none: the folder will be refused for that reason.
+    """
+    note = None if folder is None or force else folder / "request.json"
+    if note is None or not note.is_file():
+        return None
+    try:
+        plan: Plan = restore(read_json(note)["plan"])
+    except (UserError, LookupError, TypeError):
+        return None  # whatever else it is, ``claim`` says so
+    return plan if precision in (None, plan.precision) else None
+
+
 def workers_for(plan: Plan, device: str) -> int:
     """As many workers as the cores carry; one for an accelerator."""
     return max(1, cores() // plan.threads) if torch.device(device).type == "cpu" else 1
@@ -365,11 +397,11 @@ def session(
 ) -> Iterator[Runs]:
     """A store of runs with an engine that fits the data and the machine; ends its workers on the way out.
 
-    The threads of the plan hold for this process too meanwhile: their number is part of what settles the last bits.
+    The plan holds for this process too meanwhile: threads, kernels and precision are part of what settles the last bits.
     """
-    plan = plan or Plan.resolve(real.train, cores())
+    plan = plan or chosen_plan(real, jobs=cores())
     workers = workers or workers_for(plan, device)
-    with pinned_threads(plan.threads), Engine(workers, plan.threads) as engine:
+    with plan.pinned(), Engine(workers, plan.threads) as engine:
         yield Runs(plan, engine, store)
 
 

@@ -18,8 +18,7 @@ from distillens.core.contracts import Distiller, Problem, Sets
 from distillens.core.dataset import Splits
 from distillens.core.result import Result
 from distillens.core.storage import sweep, write_json
-from distillens.engine.plan import Plan, cores
-from distillens.engine.workers import pinned_threads
+from distillens.engine.plan import Plan, Precision, cores
 from distillens.evaluation import protocol as protocols
 from distillens.evaluation.accuracy import Accuracy
 from distillens.experts import Experts
@@ -124,6 +123,7 @@ class Study:
             f"--preset {self.preset.name}",
             f"--protocol {self.protocol}",
             f"--seed {self.seed}",
+            *self.plan.wish(),
             *(f"--set {setting}" for setting in self.settings),
         ]
         return " ".join(parts)
@@ -139,10 +139,13 @@ def design(
     seed: int = 0,
     protocol: str = "wddl",
     settings: Sequence[str] = (),
+    precision: Precision | None = None,
+    plan: Plan | None = None,
 ) -> Study:
     """A study of some data, checked in full.
 
     ``settings`` carry the name of a method or an analysis first: ``mtt.steps=500``, ``leave_one_out.inits=5``.
+    ``plan`` is one to take as it is; else the machine's in that ``precision``.
 
     Raises:
         UserError: a name, a setting or a size does not fit.
@@ -172,7 +175,7 @@ def design(
         seed,
         protocol,
         tuple(settings),
-        Plan.resolve(real.train, cores()),
+        plan or pipeline.chosen_plan(real, jobs=cores(), precision=precision),
     )
     for size in study.ipc:
         study.questions(size)
@@ -207,7 +210,8 @@ def check_fits(study: Study, workers: int) -> None:
     for (name, ipc), one in {(one.name, one.ipc): one for one in study.orders}.items():
         alike = sum((other.name, other.ipc) == (name, ipc) for other in study.orders)
         problem = one.problem(study.real.train)
-        forecasts.check_fits(name, one.distiller, problem, at_once=min(workers, alike))
+        with study.plan.pinned():
+            forecasts.check_fits(name, one.distiller, problem, at_once=min(workers, alike))
 
 
 def forecast(study: Study, workers: int) -> Forecast:
@@ -221,7 +225,7 @@ def forecast(study: Study, workers: int) -> Forecast:
     for one in kinds.values():
         alike = [other for other in study.orders if (other.name, other.ipc) == (one.name, one.ipc)]
         problem = one.problem(real.train)
-        with pinned_threads(study.plan.threads):
+        with study.plan.pinned():
             each = forecasts.seconds_a_step(one.distiller, problem)
         if each is not None:
             seconds += len(alike) * one.distiller.steps * each
@@ -293,6 +297,7 @@ def study(
     Raises:
         UserError: a wish does not fit, or the folder was made with others.
     """
+    wishes["plan"] = pipeline.recorded_plan(to, force, wishes.get("precision"))
     wanted = design(real.to(pipeline.check_device(device)), **wishes)
     workers = workers or pipeline.workers_for(wanted.plan, device)
     page = to / "report.html"
@@ -396,7 +401,7 @@ def _about(wanted: Study, cost: Forecast, everything: Mapping[int, Sets]) -> dic
     real = wanted.real
 
     # A study shares the cores out; the command of one set would take them all, and end in other last bits.
-    alone = Plan.resolve(real.train).threads
+    alone = pipeline.chosen_plan(real, precision=wanted.plan.precision).threads
     threads = [] if wanted.plan.threads == alone else [f"--threads {wanted.plan.threads}"]
 
     def storage(one: Order) -> dict[str, Any]:
@@ -434,6 +439,7 @@ def _about(wanted: Study, cost: Forecast, everything: Mapping[int, Sets]) -> dic
                         f"distillens distill {one.name} --data {real.source} --ipc {one.ipc}",
                         f"--seed {one.seed} --replicate {one.replicate}",
                         *(f"--set {setting}" for setting in wanted.settings_for(one.name)),
+                        *wanted.plan.wish(),
                         *threads,
                     ]
                 ),

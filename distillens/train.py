@@ -17,7 +17,7 @@ from distillens import augment
 from distillens.core.artefact import DistilledDataset, Order
 from distillens.core.checks import UserError
 from distillens.core.config import describe
-from distillens.core.contracts import Buffers, Net, Params
+from distillens.core.contracts import Buffers, Mode, Net, Params, logits_of_many
 from distillens.core.dataset import Dataset
 from distillens.core.labels import Teacher
 from distillens.core.recipe import Recipe
@@ -26,6 +26,7 @@ from distillens.core.storage import fingerprint
 from distillens.core.vector import Shapes
 from distillens.engine.plan import Plan
 
+TOGETHER = 1 << 18  # pixels of all images and models that are looked at together: what stays in a cache
 Progress = Callable[[int], None]  # told how many training steps (of one model) are newly done
 
 
@@ -182,19 +183,26 @@ class Population:
         """The parameters [m, P] after ``moment`` steps."""
         return self.snapshots[:, self.moments.index(moment)]
 
-    def logits(self, data: Dataset, flat: torch.Tensor | None = None, batch: int = 2048) -> torch.Tensor:
-        """Logits [m, n, k] of the final models, or of the parameters ``flat`` [m, P]."""
+    def logits(self, data: Dataset, flat: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [m, n, k] of the final models, or of the parameters ``flat`` [m, P].
+
+        As many models and images at a time as a cache holds; the first layer's work on an image serves all of them.
+        """
         flat = self.final if flat is None else flat
         images = data.images.to(flat)
+        pixels = images[0, 0].numel()
+        models = max(1, min(len(flat), TOGETHER // pixels // min(len(images), 64)))
+        batch = max(1, TOGETHER // pixels // models)
         outputs = []
         with torch.no_grad():
-            for j in range(len(flat)):
-                params = self.shapes.unflatten(flat[j])
-                buffers = {name: value[j] for name, value in self.buffers.items()}
-                outputs.append(
-                    torch.cat([self.net.logits(params, buffers, x)[0] for x in torch.split(images, batch)])
-                )
-        return torch.stack(outputs)
+            for start in range(0, len(flat), models):
+                params = self.shapes.unflatten(flat[start : start + models])
+                buffers = {name: value[start : start + models] for name, value in self.buffers.items()}
+                pieces = [
+                    _logits(self.net, params, buffers, x, "evaluate")[0] for x in torch.split(images, batch)
+                ]
+                outputs.append(torch.cat(pieces, 1))
+        return torch.cat(outputs)
 
     def losses(self, data: Dataset) -> torch.Tensor:
         """The loss of each image under each final model, [m, n]."""
@@ -258,7 +266,12 @@ def train(training: Training, plan: Plan, progress: Progress | None = None) -> P
 
 
 def train_chunk(training: Training, plan: Plan, progress: Progress | None = None) -> Population:
-    """Train the models of one chunk together."""
+    """Train the models of one chunk together, with the threads, kernels and precision of the plan."""
+    with plan.pinned():
+        return _train_chunk(training, plan, progress)
+
+
+def _train_chunk(training: Training, plan: Plan, progress: Progress | None) -> Population:
     data = training.data
     images = data.images.to(plan.dtype)
     started = [training.net.init(data, key.fold("init")) for key in training.keys]
@@ -381,21 +394,20 @@ def _forward(
             )
         return augment.apply(x, augment.draw(strategy, place, len(x)))
 
-    def one(p: Params, b: Buffers, x: torch.Tensor) -> tuple[torch.Tensor, Buffers]:
-        return net.logits(p, b, x, "train")
-
-    if m == 1:
-        logits, new = one(
-            {name: value[0] for name, value in params.items()},
-            {name: value[0] for name, value in buffers.items()},
-            batch(0),
-        )
-        return logits[None], {name: value[None].detach() for name, value in new.items()}
-    x = images if shared else torch.stack([batch(j) for j in range(m)])
-    logits, new = torch.vmap(one, in_dims=(0, 0, None if shared else 0), randomness="error")(
-        params, buffers, x
-    )
+    x = images if shared else batch(0) if m == 1 else torch.stack([batch(j) for j in range(m)])
+    logits, new = _logits(net, params, buffers, x, "train")
     return logits, {name: value.detach() for name, value in new.items()}
+
+
+def _logits(
+    net: Net, params: Params, buffers: Buffers, x: torch.Tensor, mode: Mode
+) -> tuple[torch.Tensor, Buffers]:
+    """Logits [m, n, k] of m models; one alone goes its own way."""
+    if len(next(iter(params.values()))) > 1:
+        return logits_of_many(net, params, buffers, x, mode)
+    one = {name: value[0] for name, value in params.items()}
+    logits, new = net.logits(one, {name: value[0] for name, value in buffers.items()}, x, mode)
+    return logits[None], {name: value[None] for name, value in new.items()}
 
 
 class _Batches:

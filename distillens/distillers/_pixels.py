@@ -77,6 +77,14 @@ def real_batch(problem: Problem, key: Key, per_class: int) -> torch.Tensor:
     return problem.real.images[index]
 
 
+AT_ONCE = 1 << 18  # pixels of the images that go through a network together: more leave the cache
+
+
+def classes_together(images: int, like: Like) -> int:
+    """How many classes go through a network together when each has so many images."""
+    return max(1, AT_ONCE // (images * like.shape[1] * like.shape[2]))
+
+
 def moved(state: State, gradient: torch.Tensor, lr: float, momentum: float, name: str = "images") -> State:
     """The state after one step of SGD with momentum on the tensor ``name``, whose velocity it keeps.
 

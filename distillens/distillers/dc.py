@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from distillens import cost
+from distillens import cost, kernels
 from distillens.core.artefact import DistilledDataset
 from distillens.core.checks import UserError, at_least, one_of, positive
-from distillens.core.contracts import Log, Net, Params, Problem, State
+from distillens.core.contracts import Log, Net, Params, Problem, State, logits_of_many
 from distillens.core.dataset import Dataset
 from distillens.core.rng import Key
 from distillens.core.vector import Shapes
-from distillens.distillers._pixels import Init, begin, finished, fresh, initial, moved, real_batch, small
+from distillens.distillers._pixels import (
+    Init,
+    begin,
+    classes_together,
+    finished,
+    fresh,
+    initial,
+    moved,
+    real_batch,
+    small,
+)
 from distillens.nets.convnet import ConvNet
 
 # Matching steps and training passes between them, by images a class (``get_loops`` of the authors' code).
@@ -35,7 +45,8 @@ class DC:
     ``inner_loop`` passes of training on S after each but the last.
 
     Source: Zhao, Mopuri & Bilen 2021, algorithm 1, equation 9; ``main.py``, ``match_loss``. Where we differ: the
-    gradient is taken class by class (the loss is a sum, so it is the same), which keeps memory at one class.
+    gradient is taken by as many classes at a time as a cache holds (the loss is a sum, so it is the same), which
+    bounds memory.
     """
 
     paper: ClassVar[str] = "Zhao et al. 2021"
@@ -101,20 +112,36 @@ class DC:
     def _match(
         self, problem: Problem, params: Params, real: torch.Tensor, images: torch.Tensor
     ) -> tuple[float, torch.Tensor]:
-        leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
-        weights = [value for value in leaves.values() if value.ndim > 1]
+        """The distance and its gradient in the images, as many classes at a time as a cache holds.
 
-        def gradients(x: torch.Tensor, c: int, keep: bool) -> tuple[torch.Tensor, ...]:
-            labels = torch.full((len(x),), c, device=x.device)
-            loss = F.cross_entropy(self.net.logits(leaves, {}, x, "train")[0], labels)
-            return torch.autograd.grad(loss, weights, create_graph=keep)
+        A class's gradient is that of a network of its own: the classes are a population with the same parameters.
+        """
+        k, n = problem.real.k, problem.ipc
+        own = images.reshape(k, n, *images.shape[1:])
 
-        total, pieces = 0.0, []
-        for c, own in enumerate(torch.split(images, problem.ipc)):
-            target = gradients(real[c], c, keep=False)
-            leaf = own.detach().requires_grad_()
-            loss = distance(target, gradients(leaf, c, keep=True))
-            pieces.append(torch.autograd.grad(loss, leaf)[0])
+        def gradients(x: torch.Tensor, first: int, keep: bool) -> list[torch.Tensor]:
+            m = len(x)
+            leaves = {
+                name: p.detach().expand(m, *p.shape).clone().requires_grad_() for name, p in params.items()
+            }
+            logits, _ = logits_of_many(self.net, leaves, {}, x, "train")
+            labels = torch.arange(first, first + m, device=x.device).repeat_interleave(x.shape[1])
+            loss = m * F.cross_entropy(logits.flatten(0, 1), labels)
+            weights = [p for name, p in leaves.items() if params[name].ndim > 1]
+            return [g.flatten(0, 1) for g in torch.autograd.grad(loss, weights, create_graph=keep)]
+
+        total, pieces, targets = 0.0, [], []
+        with kernels.for_targets():
+            together = classes_together(real.shape[1], problem.real)
+            for first in range(0, k, together):
+                targets.append(gradients(real[first : first + together], first, keep=False))
+        target = [torch.cat(parts) for parts in zip(*targets, strict=True)]
+        together = classes_together(n, problem.real)
+        for first in range(0, k, together):
+            leaf = own[first : first + together].detach().requires_grad_()
+            rows = [t.reshape(k, -1, *t.shape[1:])[first : first + together].flatten(0, 1) for t in target]
+            loss = distance(rows, gradients(leaf, first, keep=True))
+            pieces.append(torch.autograd.grad(loss, leaf)[0].flatten(0, 1))
             total += float(loss.detach())
         return total, torch.cat(pieces)
 
@@ -142,9 +169,11 @@ class DC:
         return self.steps * (matching + training)
 
     def memory(self, problem: Problem) -> float:
-        """One class's: its distilled images' second-order graph and its real batch."""
-        one = cost.cost(self.net, problem.real)
-        return one.step(problem.ipc) + self.batch_real * one.first
+        """That of the classes that are taken together: second order for the distilled images, first for the real."""
+        one, like = cost.cost(self.net, problem.real), problem.real
+        real = min(self.batch_real, min(map(len, problem.by_class)))
+        ours, theirs = (min(like.k, classes_together(n, like)) for n in (problem.ipc, real))
+        return max(ours * one.step(problem.ipc), theirs * real * one.first)
 
     def finish(self, problem: Problem, state: State) -> DistilledDataset:
         """The images."""
@@ -152,7 +181,7 @@ class DC:
 
 
 def distance(
-    first: tuple[torch.Tensor, ...], second: tuple[torch.Tensor, ...], eps: float = 1e-6
+    first: Sequence[torch.Tensor], second: Sequence[torch.Tensor], eps: float = 1e-6
 ) -> torch.Tensor:
     """Sum over weights and their output units of 1 - cosine (equation 9); rows are output units."""
     total = first[0].new_zeros(())

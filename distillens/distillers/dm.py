@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 
-from distillens import augment, cost
+from distillens import augment, cost, kernels
+from distillens.augment import Draw
 from distillens.core.artefact import DistilledDataset
 from distillens.core.checks import at_least, one_of, positive
-from distillens.core.contracts import Log, Net, Problem, State
+from distillens.core.contracts import Buffers, Log, Net, Params, Problem, State
 from distillens.core.dataset import Dataset
-from distillens.distillers._pixels import Init, begin, finished, initial, moved, real_batch, small
+from distillens.distillers._pixels import (
+    Init,
+    begin,
+    classes_together,
+    finished,
+    initial,
+    moved,
+    real_batch,
+    small,
+)
 from distillens.nets.convnet import ConvNet
 
 
@@ -25,7 +35,8 @@ class DM:
     every step, never trained, and one siamese draw A a class and step shared by its real and distilled images.
 
     Source: Zhao & Bilen 2023, equation 4; ``main_DM.py``. Where we differ: all classes go through the network
-    as one batch (instance norm keeps images apart, so the gradient is the same), and draws come from keys.
+    as one batch, of the real ones as many as a cache holds (instance norm keeps images apart, so the gradient is the
+    same), and draws come from keys.
     """
 
     paper: ClassVar[str] = "Zhao & Bilen 2023"
@@ -75,14 +86,29 @@ class DM:
         images = state.tensors["images"].detach().requires_grad_()
         k = problem.real.k
         draws = [augment.draw(self.augment, key.fold("augment", c)) for c in range(k)]
-        with torch.no_grad():
-            seen = torch.cat([augment.apply(batch, a) for batch, a in zip(real, draws, strict=True)])
-            target = _by_class(self.net.features(params, buffers, seen)[0], k).mean(1)
-        shown = torch.cat([augment.apply(own, a) for own, a in zip(_by_class(images, k), draws, strict=True)])
-        ours = _by_class(self.net.features(params, buffers, shown)[0], k).mean(1)
+        with torch.no_grad(), kernels.for_targets():
+            target = self._means(params, buffers, real, draws, classes_together(real.shape[1], problem.real))
+        ours = self._means(params, buffers, _by_class(images, k), draws, k)
         loss = (target - ours).square().sum()
         (gradient,) = torch.autograd.grad(loss, images)
         return moved(state, gradient, self.lr_img, self.momentum), {"loss": float(loss.detach())}
+
+    def _means(
+        self,
+        params: Params,
+        buffers: Buffers,
+        images: torch.Tensor,
+        draws: Sequence[Draw | None],
+        together: int,
+    ) -> torch.Tensor:
+        """The mean feature [k, d] of each class's augmented images [k, n, c, h, w], so many classes at a time."""
+        means = []
+        for first in range(0, len(images), together):
+            own = images[first : first + together]
+            pairs = zip(own, draws[first : first + together], strict=True)
+            shown = torch.cat([augment.apply(batch, drawn) for batch, drawn in pairs])
+            means.append(_by_class(self.net.features(params, buffers, shown)[0], len(own)).mean(1))
+        return torch.cat(means)
 
     def work(self, problem: Problem) -> float:
         """One forward of the real batch, forward and backward of the distilled images."""
@@ -93,8 +119,9 @@ class DM:
         """The distilled images' graph; the real batch passes through without one."""
         one = cost.cost(self.net, problem.real)
         real = min(self.batch_real, min(map(len, problem.by_class)))
+        classes = min(problem.real.k, classes_together(real, problem.real))
         # Without a graph no more than two layers are alive at once: a third of it at most.
-        return problem.real.k * (problem.ipc * one.first + real * one.first / 3)
+        return problem.real.k * problem.ipc * one.first + classes * real * one.first / 3
 
     def finish(self, problem: Problem, state: State) -> DistilledDataset:
         """The images."""

@@ -3,59 +3,95 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from distillens.core.checks import at_least, one_of
+from distillens import kernels
+from distillens.core.checks import UserError, at_least, one_of
 from distillens.core.contracts import Like
+from distillens.engine.workers import pinned_threads
+from distillens.kernels import planes
+
+Precision = Literal["float32", "float64", "bfloat16"]
+PRECISIONS = ("float32", "float64", "bfloat16")
 
 
 @dataclass(frozen=True)
 class Plan:
     """How models are trained together. The same plan, machine and versions give the same bytes.
 
-    ``stacked`` trains up to ``chunk`` models as one (torch.vmap); ``loop`` one after another. ``threads``
-    are those of each worker. Chunks are cut from a request before any work starts, so that neither the
-    number of workers nor an interruption changes a single bit.
+    ``stacked`` trains up to ``chunk`` models as one, as long as they see no more than ``images`` images a step
+    together; ``loop`` one after another. ``threads`` are those of each worker. Chunks are cut from a request before any
+    work starts, so that neither the number of workers nor an interruption changes a single bit.
+
+    ``precision`` is that of training. In bfloat16 the products of convolutions are rounded to it; parameters, sums,
+    norms and optimisers stay in float32. ``targets`` is the precision of what real data is only looked at for (the
+    features that DM matches, the gradients that DC matches). ``kernels`` are compiled ones (fused) or PyTorch's.
     """
 
     layout: Literal["stacked", "loop"] = "stacked"
     chunk: int = 8
+    images: int = 128
     threads: int = 1
-    precision: Literal["float32", "float64"] = "float32"
+    precision: Precision = "float32"
+    targets: Literal["float32", "bfloat16"] = "float32"
+    kernels: kernels.Kernels = "plain"
 
     def __post_init__(self) -> None:
         one_of("layout", self.layout, ("stacked", "loop"))
-        one_of("precision", self.precision, ("float32", "float64"))
-        at_least(1, "plan", chunk=self.chunk, threads=self.threads)
+        one_of("precision", self.precision, PRECISIONS)
+        one_of("targets", self.targets, ("float32", "bfloat16"))
+        one_of("kernels", self.kernels, ("fused", "plain"))
+        at_least(1, "plan", chunk=self.chunk, images=self.images, threads=self.threads)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The kind of number that training uses."""
-        return torch.float32 if self.precision == "float32" else torch.float64
+        """The kind of number that parameters are."""
+        return torch.float64 if self.precision == "float64" else torch.float32
 
     def models_together(self, batch: int) -> int:
-        """How many models share a chunk when each sees ``batch`` images a step.
-
-        Stacking pays where a step is small and fixed costs rule; from about 100 images of 8 x 8 on the arithmetic
-        rules, and a stack leaves the caches (``benchmarks/results/layout.json``, one thread).
-        """
+        """How many models share a chunk when each sees ``batch`` images a step."""
         if self.layout == "loop":
             return 1
-        return max(1, min(self.chunk, 128 // max(batch, 1)))
+        return max(1, min(self.chunk, self.images // max(batch, 1)))
+
+    def wish(self) -> list[str]:
+        """The option of a command that asks for this plan's precision; none for the default."""
+        return [] if self.precision == "float32" else [f"--precision {self.precision}"]
+
+    @contextmanager
+    def pinned(self) -> Iterator[None]:
+        """Threads, kernels and precision of this process as the plan says, for a while.
+
+        Raises:
+            UserError: the plan is another machine's: its kernels cannot be had here.
+        """
+        if self.kernels == "fused" and not planes.available():
+            raise UserError(
+                "this work was planned with compiled kernels",
+                got="no C++ compiler that makes them here",
+                fix="install one (g++ or clang), or start the work again in another folder",
+            )
+        products = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+        targets = torch.bfloat16 if self.targets == "bfloat16" else products
+        with pinned_threads(self.threads), kernels.using(kernels.Setting(self.kernels, products, targets)):
+            yield
 
     @staticmethod
     def resolve(like: Like, jobs: int = 1) -> Plan:
-        """The plan for such images and so many jobs at a time.
+        """The plan for such images and so many jobs at a time, where nothing was measured (``tuning`` does).
 
         Small images are stacked, one thread a worker. Large ones are trained one at a time; the cores are shared
         out among the jobs, for one thread each in many processes beats many threads in one.
         """
+        compiled: kernels.Kernels = "fused" if planes.available() else "plain"
         if like.shape[1] * like.shape[2] <= 256:
-            return Plan()
-        return Plan("loop", 1, max(1, cores() // max(1, jobs)))
+            return Plan(kernels=compiled)
+        return Plan("loop", 1, threads=max(1, cores() // max(1, jobs)), kernels=compiled)
 
 
 def cores() -> int:

@@ -43,10 +43,12 @@ def available() -> bool:
     return _library() is not None
 
 
-def fit(z: torch.Tensor) -> bool:
-    """Whether planes of such a tensor [n, c, h, w] are ones that the kernels take."""
-    h, w = z.shape[-2:]
-    return z.device.type == "cpu" and z.dtype in _KINDS and h * w <= LARGEST and h > 1 and w > 1
+def fit(x: torch.Tensor, gamma: torch.Tensor, padding: int) -> bool:
+    """Whether the kernels take the planes that a 3 x 3 convolution of images [n, c, h, w] gives, and their norm."""
+    h, w = (side + 2 * padding - 2 for side in x.shape[-2:])
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    known = x.device.type == "cpu" and x.dtype in _KINDS and gamma.dtype == exact
+    return known and h * w <= LARGEST and min(h, w) > 1
 
 
 def forward(
@@ -97,6 +99,7 @@ def twice(
 def _call(name: str, z: torch.Tensor, tensors: tuple[torch.Tensor, ...], *more: ctypes.c_double) -> None:
     library = _library()
     assert library is not None, "asked for without a look at available()"
+    assert all(tensor.is_contiguous() for tensor in tensors), "the kernels walk over plain memory"
     n, c, h, w = z.shape
     function = getattr(library, f"{name}_{_KINDS[z.dtype]}")
     sizes = map(ctypes.c_int64, (n * c, c, h, w))
@@ -118,9 +121,9 @@ def _library() -> ctypes.CDLL | None:
 
 def _compiled(compiler: str) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
-    parts = (SOURCE.read_bytes(), " ".join(FLAGS).encode(), version, _processor().encode())
+    parts = (SOURCE.read_bytes(), " ".join(FLAGS).encode(), version, processor().encode())
     name = f"planes-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:32]}.so"
-    path = _folder() / name
+    path = folder() / name
     if not path.is_file():
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             made = Path(scratch) / name
@@ -130,7 +133,7 @@ def _compiled(compiler: str) -> Path:
     return path
 
 
-def _processor() -> str:
+def processor() -> str:
     """What the compiler's ``native`` stands for: a cache folder may be shared by machines that differ."""
     flags = ""
     if sys.platform == "linux":
@@ -139,8 +142,8 @@ def _processor() -> str:
     return f"{platform.machine()} {platform.processor()} {flags}"
 
 
-def _folder() -> Path:
-    """A folder that is nobody else's: what lies there is run."""
+def folder() -> Path:
+    """A cache folder that is nobody else's: what lies there is run."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distillens"
     try:
         base.mkdir(parents=True, exist_ok=True, mode=0o700)

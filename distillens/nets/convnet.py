@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar, Literal
 
 import torch
@@ -13,6 +12,8 @@ import torch.nn.functional as F
 from distillens.core.checks import UserError, at_least, one_of
 from distillens.core.contracts import Buffers, Like, Mode, Params
 from distillens.core.rng import Key
+from distillens.kernels import block, entering
+from distillens.kernels.conv_block import average_pool
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,11 @@ class ConvNet:
         h, w = self._final(like)
         params: Params = {}
         channels = like.shape[0]
-        for block in range(self.depth):
-            params |= _uniform(f"conv{block}", (self.width, channels, 3, 3), channels * 9, key)
+        for place in range(self.depth):
+            params |= _uniform(f"conv{place}", (self.width, channels, 3, 3), channels * 9, key)
             if self.norm == "group":
-                params[f"norm{block}.weight"] = torch.ones(self.width)
-                params[f"norm{block}.bias"] = torch.zeros(self.width)
+                params[f"norm{place}.weight"] = torch.ones(self.width)
+                params[f"norm{place}.bias"] = torch.zeros(self.width)
             channels = self.width
         return params | _uniform("linear", (like.k, channels * h * w), channels * h * w, key), {}
 
@@ -80,17 +81,7 @@ class ConvNet:
         self, params: Params, buffers: Buffers, x: torch.Tensor, mode: Mode = "evaluate"
     ) -> tuple[torch.Tensor, Buffers]:
         """The flattened last block, [n, width * h' * w']."""
-        for block in range(self.depth):
-            padding = self._padding(min(x.shape[-2:])) if block == 0 else 1
-            x = F.conv2d(x, params[f"conv{block}.weight"], params[f"conv{block}.bias"], padding=padding)
-            if self.norm == "group":
-                x = F.group_norm(x, self.width, params[f"norm{block}.weight"], params[f"norm{block}.bias"])
-            x = F.relu(x)
-            if self.pooling == "average":
-                x = _average_pool(x)
-            elif self.pooling == "max":
-                x = F.max_pool2d(x, 2)
-        return x.flatten(1), buffers
+        return self._hidden(params, x, 1, 1).flatten(1), buffers
 
     def logits(
         self, params: Params, buffers: Buffers, x: torch.Tensor, mode: Mode = "evaluate"
@@ -99,28 +90,43 @@ class ConvNet:
         features, buffers = self.features(params, buffers, x, mode)
         return F.linear(features, params["linear.weight"], params["linear.bias"]), buffers
 
+    def many(
+        self, params: Params, buffers: Buffers, x: torch.Tensor, mode: Mode = "evaluate"
+    ) -> tuple[torch.Tensor, Buffers]:
+        """Logits [m, n, k] of m networks: their channels stand side by side, one convolution serves all.
 
-def _average_pool(x: torch.Tensor) -> torch.Tensor:
-    """Means of 2 x 2 pixels; an odd last row or column is dropped, as ``avg_pool2d`` does.
+        Images that all see are convolved once, by the first layers of all models as one.
+        """
+        m = len(params["linear.bias"])
+        shared = x.ndim == 4
+        side_by_side = {name: value.flatten(0, 1) for name, value in params.items()}
+        x = self._hidden(
+            side_by_side, x if shared else x.transpose(0, 1).flatten(1, 2), 1 if shared else m, m
+        )
+        features = x.reshape(len(x), m, -1).transpose(0, 1)
+        return torch.baddbmm(params["linear.bias"][:, None], features, params["linear.weight"].mT), buffers
 
-    Small images take one product with a constant matrix: the same function, faster forward and backward on a
-    CPU (``benchmarks/results/layout.json``), where pooling was a quarter of a training step.
-    """
-    h, w = x.shape[-2:]
-    if h * w > 64:
-        return F.avg_pool2d(x, 2)
-    small = x.flatten(-2) @ _pooling_matrix(h, w).to(x)
-    return small.view(*x.shape[:-2], h // 2, w // 2)
-
-
-@lru_cache(maxsize=64)
-def _pooling_matrix(h: int, w: int) -> torch.Tensor:
-    """[h * w, h//2 * w//2]: a quarter where a pixel belongs to a cell."""
-    matrix = torch.zeros(h, w, h // 2, w // 2)
-    for i in range(h // 2 * 2):
-        for j in range(w // 2 * 2):
-            matrix[i, j, i // 2, j // 2] = 0.25
-    return matrix.view(h * w, -1)
+    def _hidden(self, params: Params, x: torch.Tensor, first: int, groups: int) -> torch.Tensor:
+        """The last block [n, groups * width, h', w'], in the precision of the parameters."""
+        x = entering(x)
+        for place in range(self.depth):
+            padding = self._padding(min(x.shape[-2:])) if place == 0 else 1
+            within = first if place == 0 else groups
+            weight, bias = params[f"conv{place}.weight"], params[f"conv{place}.bias"]
+            if self.norm == "group" and self.pooling == "average":
+                gamma, beta = params[f"norm{place}.weight"], params[f"norm{place}.bias"]
+                x = block(x, weight, bias, gamma, beta, padding, within)
+                continue
+            x = F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), padding=padding, groups=within)
+            if self.norm == "group":
+                gamma, beta = params[f"norm{place}.weight"], params[f"norm{place}.bias"]
+                x = F.group_norm(x.to(gamma.dtype), len(gamma), gamma, beta).to(x.dtype)
+            x = F.relu(x)
+            if self.pooling == "average":
+                x = average_pool(x)
+            elif self.pooling == "max":
+                x = F.max_pool2d(x, 2)
+        return x.to(params["linear.weight"].dtype)
 
 
 def _uniform(name: str, shape: tuple[int, ...], fan_in: int, key: Key) -> Params:

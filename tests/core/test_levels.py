@@ -19,6 +19,7 @@ ROOT = Path(distillens.__file__).parent
 # its names are looked up on first use and lead as high as they.
 LEVELS = {
     "core": 0,
+    "kernels": 0,
     "data": 1,
     "nets": 1,
     "augment": 1,
@@ -28,6 +29,7 @@ LEVELS = {
     "unroll": 2,
     "cost": 2,
     "forecast": 2,
+    "tuning": 2,
     "experts": 2,
     "curvature": 2,
     "attribution": 2,

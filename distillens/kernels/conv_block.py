@@ -7,6 +7,7 @@ with the images as channels, which no library is fast at). A third derivative fa
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from distillens.kernels import planes
 
 EPSILON = 1e-5  # PyTorch's
+FEW = 4  # channels of an image, not of a hidden layer
 
 
 def plain(
@@ -26,9 +28,38 @@ def plain(
     padding: int = 1,
     groups: int = 1,
 ) -> torch.Tensor:
-    """The block in plain PyTorch."""
-    z = F.conv2d(x, weight, bias, padding=padding, groups=groups)
-    return F.avg_pool2d(F.relu(F.group_norm(z, z.shape[1], gamma, beta, EPSILON)), 2)
+    """The block in plain PyTorch.
+
+    The norm is GroupNorm with one channel a group, which is affine instance norm: the same function, with right
+    derivatives of every order. It is taken in float32 where the images are rounded further.
+    """
+    kind = x.dtype
+    z = F.conv2d(x, weight.to(kind), bias.to(kind), padding=padding, groups=groups)
+    y = F.relu(F.group_norm(z.to(gamma.dtype), z.shape[1], gamma, beta, EPSILON))
+    return average_pool(y).to(kind)
+
+
+def average_pool(x: torch.Tensor) -> torch.Tensor:
+    """Means of 2 x 2 pixels; an odd last row or column is dropped, as ``avg_pool2d`` does.
+
+    Small images take one product with a constant matrix: the same function, faster forward and backward on a
+    CPU (``benchmarks/results/layout.json``), where pooling was a quarter of a training step.
+    """
+    h, w = x.shape[-2:]
+    if h * w > 64:
+        return F.avg_pool2d(x, 2)
+    small = x.flatten(-2) @ _pooling_matrix(h, w).to(x)
+    return small.view(*x.shape[:-2], h // 2, w // 2)
+
+
+@lru_cache(maxsize=64)
+def _pooling_matrix(h: int, w: int) -> torch.Tensor:
+    """[h * w, h//2 * w//2]: a quarter where a pixel belongs to a cell."""
+    matrix = torch.zeros(h, w, h // 2, w // 2)
+    for i in range(h // 2 * 2):
+        for j in range(w // 2 * 2):
+            matrix[i, j, i // 2, j // 2] = 0.25
+    return matrix.view(h * w, -1)
 
 
 def fused(
@@ -44,24 +75,36 @@ def fused(
 
     ``weight`` [o, c / groups, 3, 3] and ``bias`` [o] are rounded to it; gamma and beta [o] are not, nor are sums.
     """
-    y: torch.Tensor = _Block.apply(x, weight, bias, gamma, beta, padding, groups)
+    y: torch.Tensor = _Block.apply(x, weight, bias, gamma, beta, padding, groups)  # type: ignore[no-untyped-call]
     return y
 
 
-def _conv(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, padding: int, groups: int) -> torch.Tensor:
+def _conv(
+    x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, padding: int, groups: int
+) -> torch.Tensor:
     return torch.conv2d(x, w, b, padding=padding, groups=groups)
 
 
 def _conv_back(
-    g: torch.Tensor, x: torch.Tensor, w: torch.Tensor, padding: int, groups: int, wanted: tuple[bool, bool, bool]
+    g: torch.Tensor,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    padding: int,
+    groups: int,
+    wanted: tuple[bool, bool, bool],
 ) -> tuple[Any, Any, Any]:
     """The gradient in x, w and bias, where wanted."""
+    gx = None
+    if wanted[0] and groups == 1 and x.shape[1] <= FEW:
+        # Colours are fewer than the lanes of a vector: the library is slow at them, a product is not (2 to 4 times).
+        gx = F.fold(w.flatten(1).mT @ g.flatten(2), x.shape[-2:], 3, padding=padding)
+        wanted = (False, *wanted[1:])
     if not any(wanted):
-        return None, None, None
+        return gx, None, None
     found = torch.ops.aten.convolution_backward(
         g, x, w, [len(w)], [1, 1], [padding, padding], [1, 1], False, [0, 0], groups, list(wanted)
     )
-    return tuple(piece if want else None for piece, want in zip(found, wanted, strict=True))  # type: ignore[return-value]
+    return (found[0] if wanted[0] else gx, found[1] if wanted[1] else None, found[2] if wanted[2] else None)
 
 
 class _Block(torch.autograd.Function):
@@ -76,7 +119,7 @@ class _Block(torch.autograd.Function):
         padding: int,
         groups: int,
     ) -> torch.Tensor:
-        x = x.contiguous()
+        x, gamma, beta = x.contiguous(), gamma.contiguous(), beta.contiguous()
         w = weight.to(x.dtype)
         z = _conv(x, w, bias.to(x.dtype), padding, groups)
         y, means, rstds = planes.forward(z, gamma, beta, EPSILON)
@@ -87,7 +130,8 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> Any:
         wanted = tuple(ctx.needs_input_grad[:5])
-        return (*_Slope.apply(g, *ctx.saved_tensors, *ctx.sizes, wanted), None, None)
+        slope = _Slope.apply(g, *ctx.saved_tensors, *ctx.sizes, wanted)  # type: ignore[no-untyped-call]
+        return *slope, None, None
 
 
 class _Slope(torch.autograd.Function):
@@ -111,9 +155,7 @@ class _Slope(torch.autograd.Function):
     ) -> Any:
         g = g.contiguous()
         gz, ggamma, gbeta = planes.backward(g, z, gamma, beta, means, rstds)
-        gx, gw, gb = _conv_back(
-            gz, x, weight.to(x.dtype), padding, groups, (wanted[0], wanted[1], wanted[2])
-        )
+        gx, gw, gb = _conv_back(gz, x, weight.to(x.dtype), padding, groups, (wanted[0], wanted[1], wanted[2]))
         ctx.save_for_backward(g, x, weight, bias, gamma, beta, z, means, rstds, gz)
         ctx.sizes = padding, groups
         ctx.set_materialize_grads(False)
@@ -140,7 +182,9 @@ class _Slope(torch.autograd.Function):
         # In gz, by the convolution's gradients, which are linear in it.
         in_gz = None if vx is None else _conv(vx, w, None if vb is None else vb.to(kind), padding, groups)
         if vw is not None:
-            through = _conv(x, vw.to(kind), None if in_gz is not None or vb is None else vb.to(kind), padding, groups)
+            through = _conv(
+                x, vw.to(kind), None if in_gz is not None or vb is None else vb.to(kind), padding, groups
+            )
             in_gz = through if in_gz is None else in_gz.add_(through)
         elif in_gz is None:
             in_gz = torch.zeros_like(z) if vb is None else vb.to(kind)[:, None, None].expand_as(z)
@@ -186,9 +230,9 @@ def _third(
 ) -> tuple[torch.Tensor | None, ...]:
     """The derivative of <v, gradients> as a plain graph that can be differentiated on."""
     inputs = (x, weight, bias, gamma, beta)
-    kinds = [t if t.requires_grad else t.detach().requires_grad_() for t in inputs]
-    y = plain(kinds[0], *(t.to(x.dtype) for t in kinds[1:]), padding, groups)
-    gradients = torch.autograd.grad(y, kinds, g, create_graph=True)
+    x, weight, bias, gamma, beta = (t if t.requires_grad else t.detach().requires_grad_() for t in inputs)
+    y = plain(x, weight, bias, gamma, beta, padding, groups)
+    gradients = torch.autograd.grad(y, (x, weight, bias, gamma, beta), g, create_graph=True)
     total = sum((one * other).sum() for one, other in zip(gradients, v, strict=True) if other is not None)
     if not isinstance(total, torch.Tensor) or not total.requires_grad:
         return (None,) * 6

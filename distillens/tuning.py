@@ -1,0 +1,124 @@
+"""The plan of this machine for this work, by measurement: made once, kept, and taken again.
+
+Times are noisy, bytes must not be: what was measured is kept in the user's cache folder under a name made from the
+processor, the versions, the images and the network, so that the same command takes the same plan on the same machine.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import suppress
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import torch
+
+import distillens
+from distillens.core.checks import UserError
+from distillens.core.config import describe, restore
+from distillens.core.contracts import Net
+from distillens.core.dataset import Dataset
+from distillens.core.recipe import Recipe
+from distillens.core.rng import Key
+from distillens.core.storage import fingerprint, read_json, write_json
+from distillens.engine.plan import Plan, Precision, cores
+from distillens.kernels import planes
+from distillens.train import Training, train_chunk
+
+BATCHES = (10, 100)  # images a step that the field's small sets come in: 1 and 10 a class
+STACKS = (1, 2, 4, 8, 16, 32)
+STACK_PIXELS = (
+    1 << 16
+)  # of a model's step: larger images fill the caches alone, and a stack of them only takes memory
+ENOUGH = 1.05  # a smaller stack is taken unless a larger is faster by more
+BUDGET = 0.4  # seconds for one candidate
+
+
+def plan_for(like: Dataset, net: Net, *, jobs: int = 1, precision: Precision = "float32") -> Plan:
+    """The fastest plan for training such networks on such images, ``jobs`` at a time.
+
+    Measured: kernels, models in a stack at 10 and at 100 images a step, and the threads of one job alone. Precision is
+    never measured: it is asked for.
+    """
+    device = like.device.type
+    known = _measured(_Asked(like, net, jobs, precision))
+    return known if device == "cpu" else replace(known, kernels="plain")
+
+
+class _Asked:
+    """What is measured for, known by what it depends on."""
+
+    def __init__(self, like: Dataset, net: Net, jobs: int, precision: Precision) -> None:
+        self.like, self.net, self.jobs, self.precision = like, net, jobs, precision
+        self.name = fingerprint(
+            [distillens.__version__, str(torch.__version__), planes.processor(), cores()],
+            [planes.available(), list(like.shape), like.k, describe(net), jobs, precision],
+            planes.SOURCE.read_bytes(),
+            Path(__file__).read_bytes(),
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Asked) and self.name == other.name
+
+
+@cache
+def _measured(asked: _Asked) -> Plan:
+    path = planes.folder() / f"plan-{asked.name[:32]}.json"
+    if path.is_file():
+        try:
+            found: Plan = restore(read_json(path))
+            return found
+        except (UserError, LookupError, TypeError, ValueError):
+            path.unlink(missing_ok=True)  # a damaged measurement is worth no more than none
+    found = _measure(asked)
+    with suppress(UserError):  # a full disk does not keep a plan from being used
+        write_json(path, describe(found))
+    return found
+
+
+def _measure(asked: _Asked) -> Plan:
+    rule = Plan.resolve(asked.like, asked.jobs)
+    plan = Plan("loop", 1, 1, 1, asked.precision)
+    if rule.threads > 1:
+        wide = replace(plan, threads=rule.threads)
+        plan = min(plan, wide, key=lambda one: _seconds(asked, one, max(BATCHES), 1))
+    candidates = [plan, replace(plan, kernels="fused")] if rule.kernels == "fused" else [plan]
+    stacks = {one: {batch: _stack(asked, one, batch) for batch in BATCHES} for one in candidates}
+    # The two batches count alike: times are multiplied.
+    best = min(candidates, key=lambda one: math.prod(seconds for _, seconds in stacks[one].values()))
+    models = {batch: count for batch, (count, _) in stacks[best].items()}
+    if max(models.values()) == 1:
+        return best
+    images = max(batch * count for batch, count in models.items() if count > 1)
+    return replace(best, layout="stacked", chunk=max(models.values()), images=images)
+
+
+def _stack(asked: _Asked, plan: Plan, batch: int) -> tuple[int, float]:
+    """The smallest stack within a twentieth of the fastest, and its seconds a model."""
+    times: dict[int, float] = {}
+    for models in STACKS:
+        if models > 1 and batch * asked.like.shape[1] * asked.like.shape[2] > STACK_PIXELS:
+            break
+        stacked = replace(plan, layout="stacked", chunk=models, images=models * batch)
+        times[models] = _seconds(asked, stacked, batch, models) / models
+        if times[models] > 1.3 * min(times.values()):
+            break  # it has left the caches
+    return next((n, each) for n, each in times.items() if each <= ENOUGH * min(times.values()))
+
+
+def _seconds(asked: _Asked, plan: Plan, batch: int, models: int) -> float:
+    """Seconds of a training step of so many models."""
+    data = asked.like.take(torch.arange(batch) % len(asked.like))
+    training = Training(data, asked.net, Recipe(steps=3), Key(1).split(models))
+    train_chunk(training, plan)
+    times: list[float] = []
+    while len(times) < 9 and sum(times) < BUDGET:
+        begun = time.perf_counter()
+        train_chunk(training, plan)
+        times.append(time.perf_counter() - begun)
+    return min(times) / training.recipe.steps  # the least disturbed
