@@ -11,11 +11,11 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-import distillens
 from distillens.core.checks import UserError
 from distillens.core.config import describe, restore
 from distillens.core.contracts import Net
@@ -29,9 +29,7 @@ from distillens.train import Training, train_chunk
 
 BATCHES = (10, 100)  # images a step that the field's small sets come in: 1 and 10 a class
 STACKS = (1, 2, 4, 8, 16, 32)
-STACK_PIXELS = (
-    1 << 16
-)  # of a model's step: larger images fill the caches alone, and a stack of them only takes memory
+STACK_PIXELS = 1 << 16  # of a model's step: more fill the caches alone, and a stack of them only takes memory
 ENOUGH = 1.05  # a smaller stack is taken unless a larger is faster by more
 BUDGET = 0.4  # seconds for one candidate
 
@@ -53,7 +51,7 @@ class _Asked:
     def __init__(self, like: Dataset, net: Net, jobs: int, precision: Precision) -> None:
         self.like, self.net, self.jobs, self.precision = like, net, jobs, precision
         self.name = fingerprint(
-            [distillens.__version__, str(torch.__version__), planes.processor(), cores()],
+            [version("distillens"), str(torch.__version__), planes.processor(), cores()],
             [planes.available(), list(like.shape), like.k, describe(net), jobs, precision],
             planes.SOURCE.read_bytes(),
             Path(__file__).read_bytes(),

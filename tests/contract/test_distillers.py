@@ -387,7 +387,7 @@ def test_the_pipeline_goes_on_from_its_checkpoint(
 ) -> None:
     method, problem, _, logs, done = whole(name, 1)
     monkeypatch.setattr(pipeline, "CHECKPOINT_SECONDS", -1.0)
-    about = Provenance(name, describe(method), IPC, problem.key, "planted", "")
+    about = Provenance(name, describe(method), IPC, problem.key, "planted", "", plan=describe(Plan()))
     calls: list[int] = []
 
     def tell(what: str, step: int, total: int) -> None:
