@@ -181,7 +181,11 @@ def _check_reachable(address: str) -> None:
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or "/" in host:
         raise ValueError("no host:port")
-    socket.create_connection((host, int(port)), timeout=SECONDS).close()
+    with socket.create_connection((host, int(port)), timeout=SECONDS) as server:
+        # Ray speaks HTTP/2 there: after our greeting and settings (4) its own settings come. The dashboard does not.
+        server.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+        if server.recv(9)[3:4] != b"\x04":
+            raise ValueError("something else answers there")
 
 
 def _carried(has: Mapping[str, float], threads: int, gpus: float) -> int:
