@@ -44,6 +44,13 @@ Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1.")]
 PrecisionOption = Annotated[
     str | None, typer.Option("--precision", help="float32 (default), float64, or bfloat16 for convolutions.")
 ]
+EngineOption = Annotated[
+    str, typer.Option("--engine", help="processes of this machine, or ray for a cluster.")
+]
+Address = Annotated[
+    str | None,
+    typer.Option("--address", help="The Ray cluster: auto, or host:port; this machine alone without."),
+]
 Folders = Annotated[list[Path], typer.Argument(help="Run folders of distilled sets.")]
 
 
@@ -134,6 +141,8 @@ def study(
         int | None, typer.Option("--workers", min=1, help="Processes; all cores by default.")
     ] = None,
     device: Device = "cpu",
+    engine: EngineOption = "processes",
+    address: Address = None,
     precision: PrecisionOption = None,
     force: Force = False,
     as_json: Json = False,
@@ -155,6 +164,8 @@ def study(
             seed=seed,
             workers=workers,
             device=device,
+            engine=engine,
+            address=address,
             precision=_precision(precision),
             force=force,
             tell=tell,
@@ -176,6 +187,8 @@ def distill(
     seed: Seed = 0,
     replicate: Annotated[int, typer.Option("--replicate", min=0, help="Which replicate of the seed.")] = 0,
     device: Device = "cpu",
+    engine: EngineOption = "processes",
+    address: Address = None,
     precision: PrecisionOption = None,
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Threads; part of what settles the last bits.")
@@ -207,6 +220,8 @@ def distill(
             to=to,
             force=force,
             device=device,
+            engine=engine,
+            address=address,
             threads=threads,
             precision=_precision(precision),
             store=store,
@@ -254,6 +269,8 @@ def evaluate(
     protocol: Annotated[str, typer.Option("--protocol", help="distillens list protocols.")] = "wddl",
     nets: Annotated[int, typer.Option("--nets", min=1, help="Networks a set.")] = 5,
     seed: Seed = 0,
+    engine: EngineOption = "processes",
+    address: Address = None,
     to: Annotated[
         Path | None, typer.Option("--to", help="Where the result goes; the first folder by default.")
     ] = None,
@@ -273,6 +290,8 @@ def evaluate(
             seed=seed,
             initial=initial,
             store=place / "store",
+            engine=engine,
+            address=address,
             tell=tell,
         )
     _deliver([result], place, as_json)
@@ -287,6 +306,8 @@ def ask(
     ] = None,
     settings: Settings = None,
     seed: Seed = 0,
+    engine: EngineOption = "processes",
+    address: Address = None,
     to: Annotated[
         Path | None, typer.Option("--to", help="Where results go; the first folder by default.")
     ] = None,
@@ -307,6 +328,8 @@ def ask(
                 settings=settings or (),
                 seed=seed,
                 store=place / "store",
+                engine=engine,
+                address=address,
                 tell=tell,
             )
             for name in names

@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ import torch
 import distillens
 from distillens import analyses, distillers, formats, nets
 from distillens.core.artefact import DistilledDataset, Provenance
-from distillens.core.checks import DivergedError, UserError, at_least, unknown
+from distillens.core.checks import DivergedError, UserError, at_least, one_of, unknown
 from distillens.core.config import describe, override, restore, settings_of
 from distillens.core.contracts import Analysis, Distiller, Problem, Sets, State
 from distillens.core.dataset import Dataset, Splits
@@ -24,6 +24,7 @@ from distillens.core.result import Result
 from distillens.core.rng import Key
 from distillens.core.storage import read_json, write_json
 from distillens.data import load, sources
+from distillens.engine.cluster import Cluster
 from distillens.engine.plan import Plan, Precision, cores
 from distillens.engine.workers import Engine
 from distillens.evaluation import protocol as protocols
@@ -39,6 +40,7 @@ from distillens.tuning import plan_for
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+CHECKPOINT = "checkpoint.safetensors"
 CHECKPOINT_SECONDS = 10.0
 Tell = Callable[[str, int, int], None]  # (what is being done, done, of how many)
 Given = DistilledDataset | Sequence[DistilledDataset]
@@ -130,6 +132,8 @@ def distill(
     precision: Precision | None = None,
     store: Path | None = None,
     experts: Path | None = None,
+    engine: str = "processes",
+    address: str | None = None,
     tell: Tell = silent,
     announce: Callable[[str], None] | None = None,
 ) -> DistilledDataset:
@@ -139,7 +143,8 @@ def distill(
     float32, float64 or bfloat16 (``Plan``). What the
     method starts from is trained into ``store`` and stays there for the next one (experts serve all methods that
     follow them); without one it is thrown away at the end. ``experts`` is a folder of imported ones to follow instead.
-    ``announce`` is told what it will cost, before it runs.
+    ``engine`` and ``address`` (``session``) say where that is trained: a distillation itself is a chain of steps, and
+    runs here. ``announce`` is told what it will cost, before it runs.
 
     With ``to`` the set is written there with its initialisation and its log; a finished one is loaded, an
     interrupted one goes on, one that was made otherwise is refused unless ``force``.
@@ -159,7 +164,7 @@ def distill(
     own = to.parent / f".{to.name}.store" if to and not store else None
     plan = recorded_plan(to, force, precision) or chosen_plan(real, precision=precision)
     plan = replace(plan, threads=threads or plan.threads)
-    with session(real, store or own, plan=plan, device=device) as runs:
+    with session(real, store or own, plan=plan, device=device, engine=engine, address=address) as runs:
         done = make(wanted, real, runs, to, force=force, tell=tell, announce=announce)
     if own is not None:
         _remove(own)
@@ -209,6 +214,26 @@ def inputs_of(orders: Sequence[Order], real: Splits, runs: Runs, tell: Tell = si
     ]
 
 
+@dataclass(frozen=True, eq=False)
+class Made:
+    """A finished distillation: the set, what it started from (None where a method selects), a log of its steps.
+
+    It is what comes back from a worker, which need not reach the folder where it belongs.
+    """
+
+    distilled: DistilledDataset
+    initial: DistilledDataset | None
+    log: Mapping[str, list[float]]
+
+    def save(self, to: Path) -> None:
+        """Write it all to a folder, the set last: where it is, the rest is; then no checkpoint is needed."""
+        if self.initial is not None:
+            self.initial.save(to / "initial")
+        write_json(to / "log.json", dict(self.log))
+        self.distilled.save(to)
+        (to / CHECKPOINT).unlink(missing_ok=True)
+
+
 def run(
     distiller: Distiller,
     problem: Problem,
@@ -216,24 +241,42 @@ def run(
     to: Path | None,
     tell: Tell = silent,
 ) -> DistilledDataset:
-    """All steps of one distillation by the plan of its provenance, with a checkpoint now and then, and the finished set.
+    """The finished set of one distillation, written to the folder ``to`` with all that belongs to it.
 
     Raises:
-        UserError: a step cannot be done. What was reached is kept: as a checkpoint, and as a set of its own in
-            ``last_good`` where the numbers left the finite.
+        UserError: a step cannot be done, as ``carry_out`` says.
+    """
+    made = carry_out(distiller, problem, provenance, to, tell)
+    if to is not None:
+        made.save(to)
+    return made.distilled
+
+
+def carry_out(
+    distiller: Distiller,
+    problem: Problem,
+    provenance: Provenance,
+    to: Path | None,
+    tell: Tell = silent,
+) -> Made:
+    """All steps of one distillation by the plan of its provenance, with a checkpoint in ``to`` now and then.
+
+    Raises:
+        UserError: a step cannot be done. What was reached is kept in ``to``: as a checkpoint, and as a set of its own
+            in ``last_good`` where the numbers left the finite.
     """
     plan: Plan = restore(provenance.plan)
     with plan.pinned():
-        return _run(distiller, problem, provenance, to, tell)
+        return _carry_out(distiller, problem, provenance, to, tell)
 
 
-def _run(
+def _carry_out(
     distiller: Distiller, problem: Problem, provenance: Provenance, to: Path | None, tell: Tell
-) -> DistilledDataset:
+) -> Made:
     started = distiller.start(problem)
     state, first = started, 0
     history: dict[str, list[float]] = {}
-    checkpoint = None if to is None else to / "checkpoint.safetensors"
+    checkpoint = None if to is None else to / CHECKPOINT
     if checkpoint is not None and checkpoint.is_file():
         state, first, history = _resume(checkpoint)
     last_saved = time.monotonic()
@@ -255,14 +298,8 @@ def _run(
             _checkpoint(checkpoint, state, i + 1, history)
             last_saved = time.monotonic()
     done = replace(distiller.finish(problem, state), provenance=provenance)
-    if to is not None and checkpoint is not None:
-        if not distiller.selects:
-            begun = replace(distiller.finish(problem, started), provenance=provenance)
-            begun.save(to / "initial")
-        write_json(to / "log.json", history)
-        done.save(to)
-        checkpoint.unlink(missing_ok=True)
-    return done
+    begun = None if distiller.selects else replace(distiller.finish(problem, started), provenance=provenance)
+    return Made(done, begun, history)
 
 
 def _last_good(
@@ -361,6 +398,17 @@ def check_device(name: str) -> torch.device:
     return device
 
 
+def check_engine(engine: str, address: str | None) -> None:
+    """Refuse an engine that there is not, and an address that it has no use for.
+
+    Raises:
+        UserError: either is so.
+    """
+    one_of("engine", engine, ("processes", "ray"))
+    if address is not None and engine != "ray":
+        raise UserError(f"{engine} have no address", got=address, fix="add --engine ray for a cluster")
+
+
 def chosen_plan(real: Splits, *, jobs: int = 1, precision: Precision | None = None) -> Plan:
     """The plan of this machine for such data, ``jobs`` at a time, in float32 where no precision is named."""
     return plan_for(real.train, default_net(real.train), jobs=jobs, precision=precision or "float32")
@@ -394,15 +442,27 @@ def session(
     plan: Plan | None = None,
     workers: int | None = None,
     device: str = "cpu",
+    engine: str = "processes",
+    address: str | None = None,
 ) -> Iterator[Runs]:
     """A store of runs with an engine that fits the data and the machine; ends its workers on the way out.
 
+    The engine is ``processes`` of this machine, or ``ray``: the cluster at ``address``, one of this machine alone
+    without (``Cluster``). On an accelerator each job of a cluster has one for itself.
     The plan holds for this process too meanwhile: threads, kernels and precision are part of what settles the last bits.
     """
     plan = plan or chosen_plan(real, jobs=cores())
-    workers = workers or workers_for(plan, device)
-    with plan.pinned(), Engine(workers, plan.threads) as engine:
-        yield Runs(plan, engine, store)
+    check_engine(engine, address)
+    with plan.pinned(), _runner(plan, workers, device, engine, address) as runner:
+        yield Runs(plan, runner, store)
+
+
+def _runner(
+    plan: Plan, workers: int | None, device: str, engine: str, address: str | None
+) -> Engine | Cluster:
+    if engine == "ray":
+        return Cluster(workers, plan.threads, 0.0 if torch.device(device).type == "cpu" else 1.0, address)
+    return Engine(workers or workers_for(plan, device), plan.threads)
 
 
 def gather(sets: Mapping[str, Given], initial: Mapping[str, Given] | None = None) -> Sets:
@@ -449,16 +509,20 @@ def evaluate(
     seed: int = 0,
     initial: Mapping[str, Given] | None = None,
     store: Path | None = None,
+    engine: str = "processes",
+    address: str | None = None,
     tell: Tell = silent,
 ) -> Result:
     """Train fresh networks on each set; a random subset, herding and the full data stand beside it.
 
-    ``nets`` networks look at each set. With one set a name the interval covers training only.
+    ``nets`` networks look at each set. With one set a name the interval covers training only. ``engine`` and
+    ``address`` are those of ``session``.
     """
     real = load(data) if isinstance(data, str) else data
     chosen = replace(protocols.find(protocol), nets=nets)
     analysis = replace(Accuracy.defaults(real.train), protocol=chosen, **({"net": net} if net else {}))
-    return _answer(analysis, gather(sets, initial), real, store, seed, tell)
+    opened = session(real, store, engine=engine, address=address)
+    return _answer(analysis, gather(sets, initial), real, opened, seed, tell)
 
 
 def ask(
@@ -469,9 +533,13 @@ def ask(
     settings: Sequence[str] = (),
     seed: int = 0,
     store: Path | None = None,
+    engine: str = "processes",
+    address: str | None = None,
     tell: Tell = silent,
 ) -> Result:
     """The answer of one analysis (``pointwise/leave_one_out``) about some sets.
+
+    ``engine`` and ``address`` are those of ``session``.
 
     Raises:
         UserError: the analysis or a setting is unknown, or the sets do not belong to the data.
@@ -481,14 +549,20 @@ def ask(
     analysis: Any = analyses.room.find(name).defaults(real.train)
     if "nets" in settings_of(analysis) and max(map(len, gathered.distilled.values())) == 1:
         analysis = replace(analysis, nets=5)  # of one set nothing but training can be repeated
-    return _answer(override(analysis, settings), gathered, real, store, seed, tell)
+    opened = session(real, store, engine=engine, address=address)
+    return _answer(override(analysis, settings), gathered, real, opened, seed, tell)
 
 
 def _answer(
-    analysis: Analysis[Any], sets: Sets, real: Splits, store: Path | None, seed: int, tell: Tell
+    analysis: Analysis[Any],
+    sets: Sets,
+    real: Splits,
+    opened: AbstractContextManager[Runs],
+    seed: int,
+    tell: Tell,
 ) -> Result:
     sets.check_against(real)
-    with session(real, store) as runs:
+    with opened as runs:
         beside = with_baselines(sets, real, runs, seed=seed, tell=tell)
         key = analysis_key(seed)
         runs.make(

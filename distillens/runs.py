@@ -10,11 +10,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from distillens.core.checks import UserError
 from distillens.core.config import describe
 from distillens.core.storage import fingerprint, read_header, read_tensors, write_tensors
 from distillens.core.vector import Shapes
+from distillens.engine.cluster import Cluster
 from distillens.engine.plan import Plan
 from distillens.engine.workers import Engine
 from distillens.experts import Experts, Trajectories
@@ -34,16 +36,21 @@ class Runs:
     """
 
     def __init__(
-        self, plan: Plan, engine: Engine | None = None, folder: Path | None = None, limit: int = 8 << 30
+        self,
+        plan: Plan,
+        engine: Engine | Cluster | None = None,
+        folder: Path | None = None,
+        limit: int = 8 << 30,
     ) -> None:
         self.plan = plan
-        self.engine = engine or Engine(1, plan.threads)
+        self.engine: Engine | Cluster = engine or Engine(1, plan.threads)
         self.folder = folder
         self.limit = limit
         self.trained: Counter[str] = Counter()
         self._memory: dict[str, Population] = {}
         self._trajectories: dict[str, torch.Tensor] = {}
         self._used: set[Path] = set()
+        self._mapped: dict[Path, torch.Tensor] = {}
 
     def get(self, *trainings: Training, report: Report | None = None) -> list[Population]:
         """One population a training, made now where the store has none.
@@ -76,8 +83,14 @@ class Runs:
                 f"experts in {self.folder} are removed while they are in use",
                 fix="give each process a store of its own, or run the command again",
             )
-        # A worker may stand in another folder than this process.
-        return found.absolute() if isinstance(found, Path) else found
+        if isinstance(found, torch.Tensor):
+            return found
+        if self.engine.place != "cluster":
+            return found.absolute()  # a worker may stand in another folder than this process
+        # Other machines do not have the file. Its numbers are mapped, and one tensor a file travels once for all jobs.
+        if found not in self._mapped:
+            self._mapped[found] = load_file(found)["snapshots"]
+        return self._mapped[found]
 
     def make(self, requests: Iterable[Request], *, report: Report | None = None) -> None:
         """See that the store has these populations and experts, without reading them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,18 @@ from distillens.engine.plan import Plan, Precision, cores
 from distillens.evaluation import protocol as protocols
 from distillens.evaluation.accuracy import Accuracy
 from distillens.experts import Experts
-from distillens.pipeline import Order, Tell, analysis_key, claim, inputs_of, session, silent, versions
+from distillens.pipeline import (
+    Made,
+    Order,
+    Tell,
+    analysis_key,
+    carry_out,
+    claim,
+    inputs_of,
+    session,
+    silent,
+    versions,
+)
 from distillens.runs import Runs
 from distillens.train import Training, chunks
 
@@ -286,29 +297,44 @@ def study(
     workers: int | None = None,
     force: bool = False,
     device: str = "cpu",
+    engine: str = "processes",
+    address: str | None = None,
     tell: Tell = silent,
     announce: Callable[[str], None] = lambda line: None,
     **wishes: Any,
 ) -> Path:
     """Do a whole study in the folder ``to``; the path of its report. ``wishes`` are those of ``design``.
 
+    ``engine`` and ``address`` are those of ``pipeline.session``; they are no part of what the folder is locked to.
+
     An interrupted study goes on where it stopped and ends in the same bytes; a finished one does nothing.
 
     Raises:
         UserError: a wish does not fit, or the folder was made with others.
     """
+    pipeline.check_engine(engine, address)
     wishes["plan"] = pipeline.recorded_plan(to, force, wishes.get("precision"))
     wanted = design(real.to(pipeline.check_device(device)), **wishes)
-    workers = workers or pipeline.workers_for(wanted.plan, device)
+    carried = pipeline.workers_for(wanted.plan, device)
     page = to / "report.html"
     if force or not page.is_file():
         # Before the folder is taken: what is refused is asked for again with other settings.
-        check_fits(wanted, workers)
+        # The machines of a cluster are taken to be like this one, and to share the work out among them.
+        at_once = workers or carried
+        check_fits(wanted, min(at_once, carried) if engine == "ray" else at_once)
     claim(to, wanted.request(), force=force)
     if page.is_file():
         announce(f"nothing to do: {page} is finished (--force does it again)")
         return page
-    with session(wanted.real, to / "store", plan=wanted.plan, workers=workers, device=device) as runs:
+    with session(
+        wanted.real,
+        to / "store",
+        plan=wanted.plan,
+        workers=workers,
+        device=device,
+        engine=engine,
+        address=address,
+    ) as runs:
         cost = forecast(wanted, runs.engine.workers)
         announce(f"{cost.text()} ({runs.engine.workers} worker{'s' if runs.engine.workers > 1 else ''})")
         begun, resumed = time.monotonic(), (to / "study.json").is_file()
@@ -342,13 +368,21 @@ def _distil(wanted: Study, to: Path, runs: Runs, tell: Tell) -> None:
     # Long jobs first: the workers end together.
     jobs.sort(key=lambda job: -job[0].work(job[1]))
     done = len(orders) - len(missing)
-    if runs.engine.workers == 1:
-        for i, job in enumerate(jobs):
-            pipeline.run(*job, tell=tell)
-            tell("distilling the sets", done + i + 1, len(orders))
-    else:
-        for i, _ in enumerate(runs.engine.map(pipeline.run, jobs)):
-            tell("distilling the sets", done + i + 1, len(orders))
+    for i, made in _carried_out(jobs, runs, tell):
+        made.save(jobs[i][-1])
+        done += 1
+        tell("distilling the sets", done, len(orders))
+
+
+def _carried_out(
+    jobs: Sequence[tuple[Distiller, Problem, Provenance, Path]], runs: Runs, tell: Tell
+) -> Iterator[tuple[int, Made]]:
+    if runs.engine.place == "here":
+        yield from ((i, carry_out(*job, tell=tell)) for i, job in enumerate(jobs))
+    elif runs.engine.place == "machine":
+        yield from runs.engine.map(carry_out, jobs)
+    else:  # other machines do not reach the folder, which is for checkpoints: what is lost there begins again
+        yield from runs.engine.map(carry_out, [(*job[:-1], None) for job in jobs])
 
 
 def _sets(wanted: Study, to: Path, ipc: int) -> Sets:

@@ -19,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from safetensors.torch import load_file
@@ -63,6 +63,11 @@ class Engine:
             self._spool.cleanup()
             self._spool = None
 
+    @property
+    def place(self) -> Literal["here", "machine"]:
+        """Where jobs run: in this process, or in others that share its disk."""
+        return "here" if self.workers == 1 else "machine"
+
     def map(self, function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
         """Yield (index, result) as jobs finish; an error in a job is raised here."""
         if self.workers == 1 or len(jobs) < 2:
@@ -84,7 +89,7 @@ class Engine:
                 # Few jobs wait in the pool: the rest is packed when its turn comes.
                 while todo and len(running) < 2 * self.workers:
                     index = todo.pop()
-                    running[self._submit(_pack(self, function, jobs[index]))] = index
+                    running[self._submit(pack(function, jobs[index], self._send))] = index
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     index = running.pop(future)
@@ -97,10 +102,7 @@ class Engine:
                         for again in lost:
                             tries[again] += 1
                             if tries[again] >= TRIES:
-                                raise UserError(
-                                    f"a worker process was killed {TRIES} times at the same work",
-                                    fix="most likely for want of memory: use fewer --workers, or smaller settings",
-                                ) from None
+                                raise given_up() from None
                         todo += sorted(lost, reverse=True)
                         break
         except BaseException:
@@ -135,6 +137,9 @@ class Engine:
             for process in processes:
                 process.join()
 
+    def _send(self, item: Any) -> str | None:
+        return self.spool(item) if is_large(item) else None
+
     def spool(self, tensor: torch.Tensor) -> str:
         """The file through which workers read a large tensor; written once."""
         known = self._sent.get(id(tensor))
@@ -166,37 +171,58 @@ def _without_main() -> Iterator[None]:
         vars(main).update(hidden)
 
 
-class _Pickler(pickle.Pickler):
-    def __init__(self, buffer: io.BytesIO, engine: Engine) -> None:
-        super().__init__(buffer, pickle.HIGHEST_PROTOCOL)
-        self.engine = engine
+def given_up() -> UserError:
+    """The error for a job that has ended its worker ``TRIES`` times."""
+    return UserError(
+        f"a worker process was killed {TRIES} times at the same work",
+        fix="most likely for want of memory: use fewer --workers, or smaller settings",
+    )
 
-    def persistent_id(self, item: Any) -> str | None:
-        if isinstance(item, torch.Tensor) and item.numel() * item.element_size() >= LARGE:
-            return self.engine.spool(item)
-        return None
+
+def is_large(item: Any) -> bool:
+    """Whether something is a tensor that travels apart from its jobs, once for all of them."""
+    return isinstance(item, torch.Tensor) and item.numel() * item.element_size() >= LARGE
+
+
+class _Pickler(pickle.Pickler):
+    def __init__(self, buffer: io.BytesIO, send: Callable[[Any], Any]) -> None:
+        super().__init__(buffer, pickle.HIGHEST_PROTOCOL)
+        self.send = send
+
+    def persistent_id(self, item: Any) -> Any:
+        return self.send(item)
 
 
 class _Unpickler(pickle.Unpickler):
-    def persistent_load(self, name: Any) -> torch.Tensor:
-        return _read(name)
+    def __init__(self, buffer: io.BytesIO, fetch: Callable[[Any], Any]) -> None:
+        super().__init__(buffer)
+        self.fetch = fetch
+
+    def persistent_load(self, name: Any) -> Any:
+        return self.fetch(name)
+
+
+def pack(function: Callable[..., Any], job: tuple[Any, ...], send: Callable[[Any], Any]) -> bytes:
+    """A job in bytes. What ``send`` has a name for (not None) travels apart: its name stands in its place."""
+    buffer = io.BytesIO()
+    _Pickler(buffer, send).dump((function, job))
+    return buffer.getvalue()
+
+
+def run_packed(packed: bytes, fetch: Callable[[Any], Any]) -> Any:
+    """The result of a job that ``pack`` wrote; ``fetch`` gives what a name stands for."""
+    # These bytes come from the process that plans the work, over its own connection, never from a file.
+    function, job = _Unpickler(io.BytesIO(packed), fetch).load()
+    return function(*job)
+
+
+def _run(packed: bytes) -> Any:
+    return run_packed(packed, _read)
 
 
 @lru_cache(maxsize=16)
 def _read(name: str) -> torch.Tensor:
     return load_file(name)["tensor"]
-
-
-def _pack(engine: Engine, function: Callable[..., Any], job: tuple[Any, ...]) -> bytes:
-    buffer = io.BytesIO()
-    _Pickler(buffer, engine).dump((function, job))
-    return buffer.getvalue()
-
-
-def _run(packed: bytes) -> Any:
-    # These bytes come from the parent process through a pipe, never from a file.
-    function, job = _Unpickler(io.BytesIO(packed)).load()
-    return function(*job)
 
 
 def _begin(threads: int) -> None:

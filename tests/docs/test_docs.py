@@ -43,7 +43,9 @@ def test_every_printed_command_is_accepted(command: str, monkeypatch: pytest.Mon
 
     def study(real: Any, to: Path, **wishes: Any) -> Path:
         wishes = {
-            k: v for k, v in wishes.items() if k not in ("workers", "force", "device", "tell", "announce")
+            k: v
+            for k, v in wishes.items()
+            if k not in ("workers", "force", "device", "engine", "address", "tell", "announce")
         }
         studies.design(digits(), **wishes)
         reached.append("study")
