@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -51,6 +52,7 @@ Address = Annotated[
     str | None,
     typer.Option("--address", help="The Ray cluster: auto, or host:port; this machine alone without."),
 ]
+STOPPED = 130  # what typer exits with at Ctrl-C
 Folders = Annotated[list[Path], typer.Argument(help="Run folders of distilled sets.")]
 
 
@@ -426,7 +428,9 @@ def _options(
 
 
 def main() -> None:
-    """Run the command; a user's mistake is one line on standard error and exit code 2."""
+    """Run the command; a user's mistake is one line on standard error and exit code 2, Ctrl-C exit code 130."""
+    # Batch systems ask for an end so: it is no other than Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if len(sys.argv) > 1 and not {"--help", "--version"} & set(sys.argv):
         from distillens.engine.workers import settle_process
 
@@ -436,9 +440,10 @@ def main() -> None:
     except UserError as error:
         print(f"distillens: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("distillens: stopped; the same command goes on where it was", file=sys.stderr)
-        raise SystemExit(130) from None
+    except SystemExit as ended:
+        if ended.code == STOPPED:
+            print("distillens: stopped; the same command goes on where it was", file=sys.stderr)
+        raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None

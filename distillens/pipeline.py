@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from distillens.core.contracts import Analysis, Distiller, Problem, Sets, State
 from distillens.core.dataset import Dataset, Splits
 from distillens.core.result import Result
 from distillens.core.rng import Key
-from distillens.core.storage import read_json, write_json
+from distillens.core.storage import held, read_json, write_json
 from distillens.data import load, sources
 from distillens.engine.cluster import Cluster
 from distillens.engine.plan import Plan, Precision, cores
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 CHECKPOINT = "checkpoint.safetensors"
 CHECKPOINT_SECONDS = 10.0
+FINISHED = ("report.html", "provenance.json")  # a study's or a set's last file
 Tell = Callable[[str, int, int], None]  # (what is being done, done, of how many)
 Given = DistilledDataset | Sequence[DistilledDataset]
 
@@ -162,7 +163,7 @@ def distill(
             raise UserError(f"{method} follows no experts", fix="leave --experts out")
         wanted = replace(wanted, experts=Trajectories.load(experts))
     own = to.parent / f".{to.name}.store" if to and not store else None
-    plan = recorded_plan(to, force, precision) or chosen_plan(real, precision=precision)
+    plan = recorded_plan(to, force, precision) or chosen_plan(real, precision=precision, threads=threads)
     plan = replace(plan, threads=threads or plan.threads)
     with session(real, store or own, plan=plan, device=device, engine=engine, address=address) as runs:
         done = make(wanted, real, runs, to, force=force, tell=tell, announce=announce)
@@ -187,14 +188,15 @@ def make(
     if to is None or force or not (to / "provenance.json").is_file():
         # Before the folder is taken: what is refused is asked for again with other settings.
         check_fits(wanted.name, wanted.distiller, bare)
-    if to is not None:
-        claim(to, provenance.to_json(), force=force)
-        if (to / "provenance.json").is_file():
-            return DistilledDataset.load(to)
-    if announce is not None and wanted.distiller.steps:
-        announce(outlook(wanted.name, wanted.distiller, bare, runs.plan, runs.engine.workers).text())
-    problem = wanted.problem(real.train, inputs_of([wanted], real, runs, tell)[0])
-    return run(wanted.distiller, problem, provenance, to, tell)
+    with held(to) if to is not None else nullcontext():
+        if to is not None:
+            claim(to, provenance.to_json(), force=force)
+            if (to / "provenance.json").is_file():
+                return DistilledDataset.load(to)
+        if announce is not None and wanted.distiller.steps:
+            announce(outlook(wanted.name, wanted.distiller, bare, runs.plan, runs.engine.workers).text())
+        problem = wanted.problem(real.train, inputs_of([wanted], real, runs, tell)[0])
+        return run(wanted.distiller, problem, provenance, to, tell)
 
 
 def inputs_of(orders: Sequence[Order], real: Splits, runs: Runs, tell: Tell = silent) -> list[dict[str, Any]]:
@@ -340,8 +342,6 @@ def claim(folder: Path, request: Mapping[str, Any], *, force: bool = False) -> N
     Raises:
         UserError: the folder holds something else; the message names what differs.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file", expected="a folder to write to")
     note = folder / "request.json"
     if note.is_file() and not force:
         before = read_json(note)
@@ -371,8 +371,13 @@ def _difference(before: Any, now: Any, place: str = "") -> str:
 
 
 def _empty(folder: Path) -> None:
-    """Remove a run's own files, the request last of all."""
-    for item in sorted(folder.iterdir(), key=lambda path: path.name == "request.json"):
+    """Remove a run's own files: what says that it is finished first of all, the request last.
+
+    Whoever is interrupted in between has an unfinished run, which goes on.
+    """
+    for item in sorted(
+        folder.iterdir(), key=lambda path: (path.name not in FINISHED, path.name == "request.json")
+    ):
         _remove(item)
 
 
@@ -409,9 +414,12 @@ def check_engine(engine: str, address: str | None) -> None:
         raise UserError(f"{engine} have no address", got=address, fix="add --engine ray for a cluster")
 
 
-def chosen_plan(real: Splits, *, jobs: int = 1, precision: Precision | None = None) -> Plan:
-    """The plan of this machine for such data, ``jobs`` at a time, in float32 where no precision is named."""
-    return plan_for(real.train, default_net(real.train), jobs=jobs, precision=precision or "float32")
+def chosen_plan(
+    real: Splits, *, jobs: int = 1, precision: Precision | None = None, threads: int | None = None
+) -> Plan:
+    """The plan of this machine for such data, ``jobs`` at a time or of so many threads; float32 unless told otherwise."""
+    net = default_net(real.train)
+    return plan_for(real.train, net, jobs=jobs, precision=precision or "float32", threads=threads)
 
 
 def recorded_plan(folder: Path | None, force: bool, precision: Precision | None) -> Plan | None:

@@ -17,7 +17,7 @@ from distillens.core.config import describe, override
 from distillens.core.contracts import Distiller, Problem, Sets
 from distillens.core.dataset import Splits
 from distillens.core.result import Result
-from distillens.core.storage import sweep, write_json
+from distillens.core.storage import held, sweep, write_json
 from distillens.engine.plan import Plan, Precision, cores
 from distillens.evaluation import protocol as protocols
 from distillens.evaluation.accuracy import Accuracy
@@ -322,33 +322,34 @@ def study(
         # The machines of a cluster are taken to be like this one, and to share the work out among them.
         at_once = workers or carried
         check_fits(wanted, min(at_once, carried) if engine == "ray" else at_once)
-    claim(to, wanted.request(), force=force)
-    if page.is_file():
-        announce(f"nothing to do: {page} is finished (--force does it again)")
-        return page
-    with session(
-        wanted.real,
-        to / "store",
-        plan=wanted.plan,
-        workers=workers,
-        device=device,
-        engine=engine,
-        address=address,
-    ) as runs:
-        cost = forecast(wanted, runs.engine.workers)
-        announce(f"{cost.text()} ({runs.engine.workers} worker{'s' if runs.engine.workers > 1 else ''})")
-        begun, resumed = time.monotonic(), (to / "study.json").is_file()
-        write_json(to / "study.json", _about(wanted, cost, {}))
-        _distil(wanted, to, runs, tell)
-        everything = {ipc: _sets(wanted, to, ipc) for ipc in wanted.ipc}
-        _train(wanted, everything, runs, tell)
-        _analyse(wanted, everything, to, runs, tell)
-        write_json(to / "study.json", _about(wanted, cost, everything))
-        # Times are not part of what a study ends in: they would change its bytes.
-        took = {"forecast": cost.seconds, "seconds": time.monotonic() - begun, "resumed": resumed}
-        write_json(to / "timing.json", took)
-    sweep(to)
-    return pipeline.write_report(to)
+    with held(to):
+        claim(to, wanted.request(), force=force)
+        if page.is_file():
+            announce(f"nothing to do: {page} is finished (--force does it again)")
+            return page
+        with session(
+            wanted.real,
+            to / "store",
+            plan=wanted.plan,
+            workers=workers,
+            device=device,
+            engine=engine,
+            address=address,
+        ) as runs:
+            cost = forecast(wanted, runs.engine.workers)
+            announce(f"{cost.text()} ({runs.engine.workers} worker{'s' if runs.engine.workers > 1 else ''})")
+            begun, resumed = time.monotonic(), (to / "study.json").is_file()
+            write_json(to / "study.json", _about(wanted, cost, {}))
+            _distil(wanted, to, runs, tell)
+            everything = {ipc: _sets(wanted, to, ipc) for ipc in wanted.ipc}
+            _train(wanted, everything, runs, tell)
+            _analyse(wanted, everything, to, runs, tell)
+            write_json(to / "study.json", _about(wanted, cost, everything))
+            # Times are not part of what a study ends in: they would change its bytes.
+            took = {"forecast": cost.seconds, "seconds": time.monotonic() - begun, "resumed": resumed}
+            write_json(to / "timing.json", took)
+        sweep(to)
+        return pipeline.write_report(to)
 
 
 def folder_of(order: Order) -> str:

@@ -34,25 +34,28 @@ ENOUGH = 1.05  # a smaller stack is taken unless a larger is faster by more
 BUDGET = 0.4  # seconds for one candidate
 
 
-def plan_for(like: Dataset, net: Net, *, jobs: int = 1, precision: Precision = "float32") -> Plan:
-    """The fastest plan for training such networks on such images, ``jobs`` at a time.
+def plan_for(
+    like: Dataset, net: Net, *, jobs: int = 1, precision: Precision = "float32", threads: int | None = None
+) -> Plan:
+    """The fastest plan for training such networks on such images, ``jobs`` at a time, or with so many ``threads`` each.
 
-    Measured: kernels, models in a stack at 10 and at 100 images a step, and the threads of one job alone. Precision is
-    never measured: it is asked for.
+    Measured for a number of threads: kernels, and models in a stack at 10 and at 100 images a step; then the threads of
+    one job alone. Precision is never measured: it is asked for.
     """
-    device = like.device.type
-    known = _measured(_Asked(like, net, jobs, precision))
-    return known if device == "cpu" else replace(known, kernels="plain")
+    most = threads or Plan.resolve(like, jobs).threads
+    measured = [_measured(_Asked(like, net, n, precision)) for n in sorted({threads or 1, most})]
+    plan, _ = min(measured, key=lambda one: one[1])
+    return plan if like.device.type == "cpu" else replace(plan, kernels="plain")
 
 
 class _Asked:
     """What is measured for, known by what it depends on."""
 
-    def __init__(self, like: Dataset, net: Net, jobs: int, precision: Precision) -> None:
-        self.like, self.net, self.jobs, self.precision = like, net, jobs, precision
+    def __init__(self, like: Dataset, net: Net, threads: int, precision: Precision) -> None:
+        self.like, self.net, self.threads, self.precision = like, net, threads, precision
         self.name = fingerprint(
             [version("distillens"), str(torch.__version__), planes.processor(), cores()],
-            [planes.available(), list(like.shape), like.k, describe(net), jobs, precision],
+            [planes.available(), list(like.shape), like.k, describe(net), threads, precision],
             planes.SOURCE.read_bytes(),
             Path(__file__).read_bytes(),
         )
@@ -65,35 +68,33 @@ class _Asked:
 
 
 @cache
-def _measured(asked: _Asked) -> Plan:
+def _measured(asked: _Asked) -> tuple[Plan, float]:
+    """The best plan with so many threads, and its seconds for a step of one model at the larger batch."""
     path = planes.folder() / f"plan-{asked.name[:32]}.json"
     if path.is_file():
         try:
-            found: Plan = restore(read_json(path))
-            return found
+            known = read_json(path)
+            return restore(known["plan"]), float(known["seconds"])
         except (UserError, LookupError, TypeError, ValueError):
             path.unlink(missing_ok=True)  # a damaged measurement is worth no more than none
-    found = _measure(asked)
+    plan, seconds = _measure(asked)
     with suppress(UserError):  # a full disk does not keep a plan from being used
-        write_json(path, describe(found))
-    return found
+        write_json(path, {"plan": describe(plan), "seconds": seconds})
+    return plan, seconds
 
 
-def _measure(asked: _Asked) -> Plan:
-    rule = Plan.resolve(asked.like, asked.jobs)
-    plan = Plan("loop", 1, 1, 1, asked.precision)
-    if rule.threads > 1:
-        wide = replace(plan, threads=rule.threads)
-        plan = min(plan, wide, key=lambda one: _seconds(asked, one, max(BATCHES), 1))
-    candidates = [plan, replace(plan, kernels="fused")] if rule.kernels == "fused" else [plan]
+def _measure(asked: _Asked) -> tuple[Plan, float]:
+    plan = Plan("loop", 1, 1, asked.threads, asked.precision)
+    candidates = [plan, replace(plan, kernels="fused")] if planes.available() else [plan]
     stacks = {one: {batch: _stack(asked, one, batch) for batch in BATCHES} for one in candidates}
     # The two batches count alike: times are multiplied.
     best = min(candidates, key=lambda one: math.prod(seconds for _, seconds in stacks[one].values()))
+    seconds = stacks[best][max(BATCHES)][1]
     models = {batch: count for batch, (count, _) in stacks[best].items()}
     if max(models.values()) == 1:
-        return best
+        return best, seconds
     images = max(batch * count for batch, count in models.items() if count > 1)
-    return replace(best, layout="stacked", chunk=max(models.values()), images=images)
+    return replace(best, layout="stacked", chunk=max(models.values()), images=images), seconds
 
 
 def _stack(asked: _Asked, plan: Plan, batch: int) -> tuple[int, float]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _DISK_ERRORS = {
     errno.ENOSPC: "the disk is full: free some space and run the command again, it goes on where it stopped",
     errno.EDQUOT: "the disk quota is used up: free some space and run the command again",
+    errno.EFBIG: "a file of that size is not allowed here (ulimit -f): raise the limit and run the command again",
     errno.EROFS: "the file system is read-only: choose another folder with --to",
     errno.EACCES: "there is no permission to write there: choose another folder with --to",
     errno.ENOTDIR: "a part of the path is a file, not a folder: choose another folder with --to",
@@ -53,8 +54,46 @@ def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
             temporary.unlink(missing_ok=True)
         if not isinstance(error, OSError):
             raise
-        advice = _DISK_ERRORS.get(error.errno or 0, error.strerror or str(error))
-        raise UserError(f"cannot write {path}", fix=advice) from error
+        raise _refused(path, error) from error
+
+
+def _refused(path: Path, error: OSError) -> UserError:
+    advice = _DISK_ERRORS.get(error.errno or 0, error.strerror or str(error))
+    return UserError(f"cannot write {path}", fix=advice)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep a folder to this process for a while, making it where there is none.
+
+    The lock is the system's, on the folder itself: it leaves nothing behind and ends with the process, however that
+    ends. Where the system has none (Windows, some network disks) the folder is not kept.
+
+    Raises:
+        UserError: another process holds it, or it cannot be made.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file", expected="a folder to write to")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise _refused(folder, error) from error
+    try:
+        try:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another command is at work in {folder}",
+                fix="wait until it ends, or choose another folder with --to",
+            ) from None
+        except (ImportError, OSError):
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 def sweep(folder: Path) -> None:

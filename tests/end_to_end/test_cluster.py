@@ -9,16 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.end_to_end.folders import settled
+
 ray = pytest.importorskip("ray")
-
-
-def settled(folder: Path) -> dict[str, bytes]:
-    """All that a study ends in, but for the time that it took."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "timing.json"
-    }
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -16,27 +15,7 @@ from distillens.core.checks import UserError
 from distillens.core.dataset import Splits
 from distillens.core.rng import Key
 from distillens.runs import Runs
-
-
-def settled(folder: Path) -> dict[str, bytes]:
-    """All that a study ends in, but for the time that it took."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "timing.json"
-    }
-
-
-def gone(group: int, seconds: float = 60) -> bool:
-    """Whether every process of a group ends in time."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.2)
-    return False
+from tests.end_to_end.folders import gone, settled
 
 
 def test_a_study_ends_in_a_report_of_all_its_questions(small_study: Path) -> None:

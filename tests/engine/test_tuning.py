@@ -1,0 +1,155 @@
+"""Plans by measurement: made once, kept for the machine, taken again whatever the clock says then."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from distillens import tuning
+from distillens.core.checks import UserError
+from distillens.core.dataset import Dataset
+from distillens.core.rng import Key
+from distillens.data.planted import planted
+from distillens.engine import plan as plans
+from distillens.engine.plan import Plan
+from distillens.kernels import planes
+from distillens.nets.convnet import ConvNet
+
+NET = ConvNet(depth=1, width=4)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder with nothing in it, and nothing in memory."""
+    monkeypatch.setattr(planes, "folder", lambda: tmp_path)
+    monkeypatch.setattr(tuning, "BUDGET", 0.001)
+    tuning._measured.cache_clear()
+    return tmp_path
+
+
+@pytest.fixture
+def small() -> Dataset:
+    return planted(Key(1), shape=(1, 8, 8), per_class=4).train
+
+
+@pytest.fixture
+def large() -> Dataset:
+    return planted(Key(1), shape=(1, 20, 20), per_class=4).train
+
+
+def clock(monkeypatch: pytest.MonkeyPatch, seconds) -> list[Plan]:
+    """Let each candidate take the seconds that are told; the candidates asked about."""
+    asked: list[Plan] = []
+
+    def take(about, plan: Plan, batch: int, models: int) -> float:
+        asked.append(plan)
+        return float(seconds(plan, batch, models))
+
+    monkeypatch.setattr(tuning, "_seconds", take)
+    return asked
+
+
+def forget() -> None:
+    tuning._measured.cache_clear()
+
+
+def test_a_real_measurement_gives_a_plan_that_can_be_pinned(small: Dataset) -> None:
+    plan = tuning.plan_for(small, NET)
+    assert plan.threads == 1 and plan.precision == "float32" and plan.targets == "float32"
+    with plan.pinned():
+        pass
+
+
+def test_what_was_measured_once_is_taken_again(
+    small: Dataset, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock(monkeypatch, lambda plan, batch, models: 1.0)  # a stack costs no more than one: the largest wins
+    first = tuning.plan_for(small, NET)
+    assert (first.layout, first.chunk, first.images) == ("stacked", 32, 3200)
+    assert len(list(folder.glob("plan-*.json"))) == 1
+    forget()
+    asked = clock(monkeypatch, lambda plan, batch, models: float(models))
+    assert tuning.plan_for(small, NET) == first
+    assert asked == []
+
+
+def test_a_damaged_measurement_is_made_again(
+    small: Dataset, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock(monkeypatch, lambda plan, batch, models: 1.0)
+    first = tuning.plan_for(small, NET)
+    (path,) = folder.glob("plan-*.json")
+    for damage in (
+        b"",
+        b"{}",
+        b"[1]",
+        b'{"plan": {"is": "os.system"}, "seconds": 1}',
+        path.read_bytes()[:40],
+    ):
+        path.write_bytes(damage)
+        forget()
+        assert tuning.plan_for(small, NET) == first
+
+
+def test_the_fastest_is_taken(small: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A stack of 4 costs half of 4 at 10 images; at 100 a stack gains nothing.
+    def seconds(plan: Plan, batch: int, models: int) -> float:
+        each = 0.5 if batch == 10 and models == 4 else 1.0
+        return each * models * (0.7 if plan.kernels == "fused" else 1.0)
+
+    clock(monkeypatch, seconds)
+    plan = tuning.plan_for(small, NET)
+    assert (plan.layout, plan.chunk, plan.images) == ("stacked", 4, 40)
+    assert plan.models_together(10) == 4 and plan.models_together(100) == 1
+    assert plan.kernels == ("fused" if planes.available() else "plain")
+
+
+def test_a_gain_within_the_noise_is_not_worth_a_larger_stack(
+    small: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock(monkeypatch, lambda plan, batch, models: models * (0.97 if models > 1 else 1.0))
+    assert tuning.plan_for(small, NET).layout == "loop"
+
+
+def test_the_threads_of_one_job_alone_are_measured_on_large_images(
+    large: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plans, "cores", lambda: 4)
+    clock(monkeypatch, lambda plan, batch, models: models / plan.threads)
+    assert tuning.plan_for(large, NET).threads == 4
+    assert tuning.plan_for(large, NET, jobs=2).threads == 2
+    assert tuning.plan_for(large, NET, jobs=4).threads == 1
+
+
+def test_a_number_of_threads_has_one_plan_however_it_was_come_by(
+    large: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plans, "cores", lambda: 4)
+    clock(monkeypatch, lambda plan, batch, models: models / plan.threads)
+    together = tuning.plan_for(large, NET, jobs=4)
+    asked = clock(monkeypatch, lambda plan, batch, models: 1.0 / models)
+    assert tuning.plan_for(large, NET, threads=1) == together
+    assert asked == []
+
+
+def test_precision_is_asked_for_and_never_measured(small: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = clock(monkeypatch, lambda plan, batch, models: 1.0)
+    plan = tuning.plan_for(small, NET, precision="bfloat16")
+    assert {one.precision for one in asked} == {"bfloat16"} == {plan.precision}
+    assert plan.targets == "float32"
+
+
+def test_a_plan_of_compiled_kernels_is_refused_where_there_is_no_compiler(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(planes, "available", lambda: False)
+    with (
+        pytest.raises(UserError, match="no C\\+\\+ compiler that makes them here"),
+        Plan(kernels="fused").pinned(),
+    ):
+        pass
+    with replace(Plan(), kernels="plain").pinned():
+        pass
+    assert Plan.resolve(planted(Key(1), shape=(1, 8, 8), per_class=4).train).kernels == "plain"
