@@ -32,13 +32,15 @@ from distillens.distillers._pixels import fresh
 from distillens.distillers.dc import DC
 from distillens.distillers.dm import DM
 from distillens.distillers.mtt import MTT
-from distillens.engine.plan import Plan
+from distillens.engine.plan import Plan, cores
 from distillens.engine.workers import Engine
 from distillens.experts import Trajectories
+from distillens.nets import default_net
 from distillens.nets.convnet import ConvNet
 from distillens.pipeline import workers_for
 from distillens.runs import Runs
 from distillens.train import Observe, Training, train_chunk
+from distillens.tuning import plan_for
 
 KEY = Key(0, ("engine",))
 K, EACH, IPC, REAL = 10, 300, 10, 256
@@ -76,7 +78,10 @@ class Work:
 def plan(work: Work, setting: str) -> Plan:
     """The default plan of a study of such data, changed as the setting says."""
     like = random_data(K) if work.large else digits().train
-    return replace(Plan.resolve(like), **work.settings[setting])
+    changed = dict(work.settings[setting])
+    precision = changed.pop("precision", "float32")
+    jobs = 1 if work.large else cores()
+    return replace(plan_for(like, default_net(like), jobs=jobs, precision=precision), **changed)
 
 
 # ---- data ----

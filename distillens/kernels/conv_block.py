@@ -75,6 +75,10 @@ def fused(
 
     ``weight`` [o, c / groups, 3, 3] and ``bias`` [o] are rounded to it; gamma and beta [o] are not, nor are sums.
     """
+    # Images of one channel count as plain in either order of memory: the convolution would take the slow one. Here, not
+    # inside: what a Function saves must be what it was given, or the second derivative loses its way.
+    x = x.contiguous().flatten().view(x.shape)
+    gamma, beta = gamma.contiguous(), beta.contiguous()
     y: torch.Tensor = _Block.apply(x, weight, bias, gamma, beta, padding, groups)  # type: ignore[no-untyped-call]
     return y
 
@@ -82,7 +86,7 @@ def fused(
 def _conv(
     x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, padding: int, groups: int
 ) -> torch.Tensor:
-    return torch.conv2d(x, w, b, padding=padding, groups=groups)
+    return torch.conv2d(x, w, b, padding=padding, groups=groups).contiguous()
 
 
 def _conv_back(
@@ -119,7 +123,6 @@ class _Block(torch.autograd.Function):
         padding: int,
         groups: int,
     ) -> torch.Tensor:
-        x, gamma, beta = x.contiguous(), gamma.contiguous(), beta.contiguous()
         w = weight.to(x.dtype)
         z = _conv(x, w, bias.to(x.dtype), padding, groups)
         y, means, rstds = planes.forward(z, gamma, beta, EPSILON)

@@ -99,7 +99,8 @@ def twice(
 def _call(name: str, z: torch.Tensor, tensors: tuple[torch.Tensor, ...], *more: ctypes.c_double) -> None:
     library = _library()
     assert library is not None, "asked for without a look at available()"
-    assert all(tensor.is_contiguous() for tensor in tensors), "the kernels walk over plain memory"
+    if not all(tensor.is_contiguous() for tensor in tensors):
+        raise ValueError("the kernels walk over plain memory")
     n, c, h, w = z.shape
     function = getattr(library, f"{name}_{_KINDS[z.dtype]}")
     sizes = map(ctypes.c_int64, (n * c, c, h, w))

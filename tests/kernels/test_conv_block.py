@@ -163,3 +163,15 @@ def test_targets_have_a_precision_of_their_own() -> None:
             assert kernels.entering(x.double()).dtype == torch.float64
         assert kernels.entering(x).dtype == torch.float32
     assert kernels.current() == Setting()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_with_colours_last_in_memory_are_the_same_images(channels: int) -> None:
+    """One channel counts as plain memory in either order, and the library's convolution goes by the strides."""
+    plain = given(8, 8, channels, 1, torch.float64)
+    last = [plain[0].contiguous(memory_format=torch.channels_last), *plain[1:]]
+    strange = [plain[0].permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), *plain[1:]]
+    expected = derivatives(conv_block.fused, plain, 1, 1, 2)
+    for tensors in (last, strange):
+        for one, other in zip(derivatives(conv_block.fused, tensors, 1, 1, 2), expected, strict=True):
+            assert torch.equal(one, other)

@@ -17,6 +17,7 @@ from distillens.core.labels import Hard
 from distillens.core.rng import Key
 from distillens.core.vector import Shapes
 from distillens.data.planted import planted
+from distillens.distillers import _pixels
 from distillens.distillers._pixels import initial, real_batch
 from distillens.distillers.bptt import BPTT
 from distillens.distillers.dc import DC, distance
@@ -159,6 +160,13 @@ def test_dm_on_pixels_reaches_the_class_means() -> None:
     assert off(moved[:, 0] - moved[:, 1], own[:, 0] - own[:, 1]) < 1e-12  # only the mean is pulled
 
 
+@pytest.fixture(params=[1, 1 << 18], ids=["a class at a time", "all classes at once"])
+def classes_in_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many classes go through a network together is for speed alone."""
+    monkeypatch.setattr(_pixels, "AT_ONCE", request.param)
+
+
+@pytest.mark.usefixtures("classes_in_chunks")
 @pytest.mark.parametrize("strategy", ["", "color"])
 def test_dm_is_a_loop_over_classes(strategy: str) -> None:
     method = DM(lr_img=3.0, batch_real=6, augment=strategy, net=NET)
@@ -229,6 +237,7 @@ def test_dcs_distance_is_one_minus_cosine_summed_over_output_units() -> None:
     assert float(distance(first, longer)) == pytest.approx(float(distance(first, second)), abs=1e-5)
 
 
+@pytest.mark.usefixtures("classes_in_chunks")
 def test_dc_is_the_gradient_of_the_loss_summed_over_classes_and_trains_in_between() -> None:
     """All classes in one graph, weights only, plain SGD on the set between two matches."""
     method = DC(

@@ -22,6 +22,7 @@ from distillens.core.rng import Key
 from distillens.core.space import Pixel
 from distillens.core.vector import Shapes
 from distillens.engine.plan import Plan
+from distillens.kernels import planes
 from distillens.nets.convnet import ConvNet
 from distillens.train import Observe, Population, Training, chunks, networks, on, train, train_chunk
 
@@ -409,6 +410,14 @@ def test_many_models_are_one_by_one(case: str, chunk: int) -> None:
     for j in range(5):
         alone = run(training.models(j, j + 1))[0]
         assert off(together[j], alone) < CLOSE
+
+
+@pytest.mark.skipif(not planes.available(), reason="there is no C++ compiler here")
+@every_case
+@pytest.mark.parametrize("plan", [EXACT, STACKED], ids=["loop", "stacked"])
+def test_compiled_kernels_train_the_same_models(case: str, plan: Plan) -> None:
+    training = CASES[case]
+    assert off(run(training, replace(plan, kernels="fused")), run(training)) < CLOSE
 
 
 @every_case
