@@ -18,9 +18,11 @@ import pytest
 from distillens import pipeline, studies
 from distillens.core import storage
 from distillens.core.checks import UserError
+from distillens.core.config import describe
 from distillens.core.dataset import Splits
 from distillens.core.rng import Key
 from distillens.data.planted import planted
+from distillens.engine.plan import Plan
 from distillens.runs import Runs
 from distillens.train import Training
 from tests.end_to_end.folders import gone, settled
@@ -112,6 +114,27 @@ def test_a_study_whose_every_write_fails_once_ends_in_the_same_bytes(
     failures = until_it_is_done(work, lambda: list(there.rglob("*.part")))
     assert failures == len(disk.failed) >= 6
     assert settled(there) == settled(small_study)
+
+
+def test_a_run_goes_on_with_the_plan_that_it_began_with(
+    real: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, later = Plan(), Plan("loop", 1)
+
+    def work(plan: Plan, force: bool = False, steps: int = 99) -> dict[str, object]:
+        def tell(what: str, done: int, total: int) -> None:
+            if what.startswith("distilling") and done == steps:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(pipeline, "plan_for", lambda *_, **__: plan)  # as if the machine had measured so
+        made = pipeline.distill("mtt", real, settings=MTT, to=tmp_path / "set", force=force, tell=tell)
+        return dict(made.provenance.plan)
+
+    with pytest.raises(KeyboardInterrupt):
+        work(began, steps=2)
+    assert work(later) == describe(began)
+    assert work(later) == describe(began)  # finished
+    assert work(later, force=True) == describe(later)
 
 
 def limited() -> None:
@@ -230,6 +253,7 @@ from pathlib import Path
 from distillens import pipeline
 from distillens.core.rng import Key
 from distillens.data.planted import planted
+from distillens.engine.plan import Plan
 from tests.end_to_end.test_durability import MTT
 for replicate in range(3):
     real = planted(Key(1), shape=(1, 8, 8), per_class=6)
@@ -252,7 +276,6 @@ def test_two_commands_share_a_store(tmp_path: Path) -> None:
 
 def test_a_store_that_another_command_clears_is_made_again(real: Splits, tmp_path: Path) -> None:
     from distillens.core.recipe import Recipe
-    from distillens.engine.plan import Plan
     from distillens.nets.mlp import MLP
 
     asked = Training(real.train, MLP(width=4), Recipe(steps=2), Key(0).split(2))

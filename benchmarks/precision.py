@@ -1,0 +1,125 @@
+"""Is bfloat16 the same in distribution? Pairs that differ in precision alone, and an interval against a margin.
+
+    python -m benchmarks.precision --data digits
+    python -m benchmarks.precision --data parquet:cifar10/ --pairs 10
+
+Two questions. *training*: a network trained on a random real subset with a plan of ``precision`` bfloat16, beside one of
+the same subset and start in float32. *targets*: a set that DM distils with ``targets`` in bfloat16, beside one in
+float32, each looked at by a network that is trained in float32. Test predictions are always made in float32.
+
+A pair has its own subset, its own keys. Calling the two the same needs two one-sided tests at 5 %: the 90 % interval of
+the mean difference in test accuracy lies within the margin, which was fixed before any pair was run. What is neither
+within nor outside is not settled. Rows are written to benchmarks/results/precision.json pair by pair; a run that is
+cut off goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.environment import environment
+from distillens import DistilledDataset, Key, Recipe, load, pipeline
+from distillens.core.config import override
+from distillens.core.dataset import Splits
+from distillens.core.result import Estimate
+from distillens.core.storage import read_json, write_json
+from distillens.distillers.dm import DM
+from distillens.engine.plan import Plan
+from distillens.engine.workers import settle_process
+from distillens.nets import default_net
+from distillens.train import Training, train
+
+PATH = Path(__file__).parent / "results" / "precision.json"
+MARGIN = 0.01  # of test accuracy: a fifth of what separates neighbouring methods in the field's tables
+FEWEST = 10  # pairs, before which nothing is said
+IPC = 10
+
+
+def judged(points: DistilledDataset, real: Splits, plan: Plan, key: Key, steps: int) -> float:
+    """Test accuracy of a network trained on a set by a plan, looked at in float32."""
+    training = Training(
+        points.dataset(), default_net(real.train), Recipe(steps=steps, lr=0.01, momentum=0.9), (key,)
+    )
+    population = train(training, plan)
+    with replace(plan, precision="float32").pinned():
+        return float(population.accuracy(real.test)[0])
+
+
+def training(real: Splits, plan: Plan, pair: int, steps: int) -> tuple[float, float]:
+    """Accuracy after training in float32, and in bfloat16."""
+    points = pipeline.distill("random_subset", real, ipc=IPC, replicate=pair)
+    first, second = (
+        judged(points, real, replace(plan, precision=precision), Key(0, ("precision", pair)), steps)
+        for precision in ("float32", "bfloat16")
+    )
+    return first, second
+
+
+def targets(real: Splits, plan: Plan, pair: int, steps: int) -> tuple[float, float]:
+    """Accuracy by a set of DM that followed float32 targets, and by one that followed bfloat16's."""
+    method = override(DM.defaults(real.train, IPC), [f"steps={steps}"])
+    order = replace(pipeline.order("dm", real, IPC, replicate=pair), distiller=method)
+    problem = order.problem(real.train, {})
+    found = []
+    for kind in ("float32", "bfloat16"):
+        with replace(plan, targets=kind).pinned():
+            state = method.start(problem)
+            for i in range(method.steps):
+                state, _ = method.step(problem, state, i)
+        found.append(judged(method.finish(problem, state), real, plan, Key(0, ("precision", pair)), 300))
+    return found[0], found[1]
+
+
+QUESTIONS: dict[str, Callable[[Splits, Plan, int, int], tuple[float, float]]] = {
+    "training": training,
+    "targets": targets,
+}
+
+
+def verdict(differences: list[float]) -> dict[str, Any]:
+    """The mean difference with its 90 % interval, and whether it lies within the margin."""
+    mean = Estimate.mean(differences, "pair (own subset and keys)", 0.90)
+    within = mean.low > -MARGIN and mean.high < MARGIN
+    outside = mean.low > MARGIN or mean.high < -MARGIN
+    settled = len(differences) >= FEWEST and (within or outside)
+    return {"difference": asdict(mean), "same": within if settled else None}
+
+
+def main(spec: str, question: str, pairs: int, steps: int) -> None:
+    settle_process()
+    real = load(spec)
+    plan = pipeline.chosen_plan(real)
+    saved = read_json(PATH) if PATH.is_file() else {"margin": MARGIN, "rows": []}
+    name = {
+        "question": question,
+        "data": spec.partition(":")[0],
+        "steps": steps,
+        "net": str(default_net(real.train)),
+    }
+    row = next((one for one in saved["rows"] if name.items() <= one.items()), None)
+    if row is None:
+        row = name | {"float32": [], "bfloat16": []}
+        saved["rows"].append(row)
+    for pair in range(len(row["float32"]), pairs):
+        first, second = QUESTIONS[question](real, plan, pair, steps)
+        row["float32"].append(first)
+        row["bfloat16"].append(second)
+        if pair:
+            row |= verdict([b - a for a, b in zip(row["float32"], row["bfloat16"], strict=True)])
+        row |= {"threads": plan.threads, "environment": environment()}
+        write_json(PATH, saved)
+        print(question, pair, first, second, row.get("difference"), row.get("same"), flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--data", default="digits")
+    parser.add_argument("--question", choices=[*QUESTIONS], default="training")
+    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=300, help="of the training, or of DM")
+    asked = parser.parse_args()
+    main(asked.data, asked.question, asked.pairs, asked.steps)
