@@ -1,14 +1,16 @@
-"""Is bfloat16 the same in distribution? Pairs that differ in precision alone, and an interval against a margin.
+"""Is bfloat16 as good on average? Pairs that differ in precision alone, and an interval against a margin.
 
     python -m benchmarks.precision --data digits
     python -m benchmarks.precision --data parquet:cifar10/ --pairs 10
 
 Two questions. *training*: a network trained on a random real subset with a plan of ``precision`` bfloat16, beside one of
 the same subset and start in float32. *targets*: a set that DM distils with ``targets`` in bfloat16, beside one in
-float32, each looked at by a network that is trained in float32. Test predictions are always made in float32.
+float32, each looked at by a network that is trained in float32. Predictions are always made in float32.
+
+What is found here may settle a default: it is the validation split that is predicted, and the test split is not touched.
 
 A pair has its own subset, its own keys. Calling the two the same needs two one-sided tests at 5 %: the 90 % interval of
-the mean difference in test accuracy lies within the margin, which was fixed before any pair was run. What is neither
+the mean difference in validation accuracy lies within the margin, which was fixed before any pair was run. What is neither
 within nor outside is not settled. Rows are written to benchmarks/results/precision.json pair by pair; a run that is
 cut off goes on.
 """
@@ -34,19 +36,21 @@ from distillens.nets import default_net
 from distillens.train import Training, train
 
 PATH = Path(__file__).parent / "results" / "precision.json"
-MARGIN = 0.01  # of test accuracy: a fifth of what separates neighbouring methods in the field's tables
+MARGIN = (
+    0.01  # of accuracy: a third of what lies between DM (48.9 %) and DSA (52.1 %) on CIFAR-10 at 10 a class
+)
 FEWEST = 10  # pairs, before which nothing is said
 IPC = 10
 
 
 def judged(points: DistilledDataset, real: Splits, plan: Plan, key: Key, steps: int) -> float:
-    """Test accuracy of a network trained on a set by a plan, looked at in float32."""
+    """Validation accuracy of a network trained on a set by a plan, looked at in float32."""
     training = Training(
         points.dataset(), default_net(real.train), Recipe(steps=steps, lr=0.01, momentum=0.9), (key,)
     )
     population = train(training, plan)
     with replace(plan, precision="float32").pinned():
-        return float(population.accuracy(real.test)[0])
+        return float(population.accuracy(real.val)[0])
 
 
 def training(real: Splits, plan: Plan, pair: int, steps: int) -> tuple[float, float]:

@@ -52,7 +52,6 @@ Address = Annotated[
     str | None,
     typer.Option("--address", help="The Ray cluster: auto, or host:port; this machine alone without."),
 ]
-STOPPED = 130  # what typer exits with at Ctrl-C
 Folders = Annotated[list[Path], typer.Argument(help="Run folders of distilled sets.")]
 
 
@@ -425,6 +424,9 @@ def _options(
     ] = False,
 ) -> None:
     pass
+
+
+STOPPED = 130  # what typer exits with at Ctrl-C
 
 
 def main() -> None:

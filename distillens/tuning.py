@@ -71,16 +71,25 @@ class _Asked:
 def _measured(asked: _Asked) -> tuple[Plan, float]:
     """The best plan with so many threads, and its seconds for a step of one model at the larger batch."""
     path = planes.folder() / f"plan-{asked.name[:32]}.json"
-    if path.is_file():
-        try:
-            known = read_json(path)
-            return restore(known["plan"]), float(known["seconds"])
-        except (UserError, LookupError, TypeError, ValueError):
-            path.unlink(missing_ok=True)  # a damaged measurement is worth no more than none
+    if (known := _kept(path)) is not None:
+        return known
     plan, seconds = _measure(asked)
+    if (known := _kept(path)) is not None:
+        return known  # another process has measured meanwhile: the first one's word holds for all
     with suppress(UserError):  # a full disk does not keep a plan from being used
         write_json(path, {"plan": describe(plan), "seconds": seconds})
     return plan, seconds
+
+
+def _kept(path: Path) -> tuple[Plan, float] | None:
+    if not path.is_file():
+        return None
+    try:
+        known = read_json(path)
+        return restore(known["plan"]), float(known["seconds"])
+    except (UserError, LookupError, TypeError, ValueError):
+        path.unlink(missing_ok=True)  # a damaged measurement is worth no more than none
+        return None
 
 
 def _measure(asked: _Asked) -> tuple[Plan, float]:

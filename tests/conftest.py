@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -33,3 +35,19 @@ def planted() -> Splits:
 def digits() -> Splits:
     """scikit-learn's real digits."""
     return distillens.load("digits")
+
+
+@pytest.fixture(scope="module")
+def small_cluster() -> Iterator[Any]:
+    """Ray, connected to a cluster of its own of two cores on this machine."""
+    ray = pytest.importorskip("ray")
+    ray.init(
+        "local",
+        num_cpus=2,
+        object_store_memory=200 << 20,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    yield ray
+    ray.shutdown()

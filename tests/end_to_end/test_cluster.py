@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.end_to_end.folders import settled
 
-ray = pytest.importorskip("ray")
+pytest.importorskip("ray")
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
+def address(small_cluster: Any) -> str:
     """Where a cluster is that no command has started."""
-    ray.init(
-        "local",
-        num_cpus=2,
-        object_store_memory=200 << 20,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
-    yield ray.get_runtime_context().gcs_address
-    ray.shutdown()
+    return str(small_cluster.get_runtime_context().gcs_address)
 
 
 def test_a_study_on_a_cluster_ends_in_the_bytes_of_processes(

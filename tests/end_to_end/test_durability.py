@@ -24,7 +24,7 @@ from distillens.core.rng import Key
 from distillens.data.planted import planted
 from distillens.engine.plan import Plan
 from distillens.runs import Runs
-from distillens.train import Training
+from distillens.train import Population, Training
 from tests.end_to_end.folders import gone, settled
 
 COMMAND = [sys.executable, "-m", "distillens.cli"]
@@ -97,7 +97,7 @@ def test_a_distillation_whose_every_write_fails_once_ends_in_the_same_bytes(
     assert settled(there) == settled(tmp_path / "whole")
 
 
-def test_a_study_whose_every_write_fails_once_ends_in_the_same_bytes(
+def test_the_rest_of_a_study_whose_every_write_fails_once_ends_in_the_same_bytes(
     digits: Splits, small: list[str], small_study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # All but the store and the sets, each of which the distillation's own test goes through: they are taken over.
@@ -160,25 +160,26 @@ def test_a_file_that_may_not_grow_is_an_error_that_keeps_the_earlier_state(
     assert settled(tmp_path / "set") == settled(tmp_path / "whole")
 
 
-def on_a_small_disk(script: str) -> subprocess.CompletedProcess[str]:
-    """Run a shell script with a file system of its own, where this system lets us make one."""
+def on_a_disk(options: str, folder: Path, script: str) -> subprocess.CompletedProcess[str]:
+    """Run a shell script beside ``here``, a file system with such options, where this machine lets us mount one."""
     if shutil.which("unshare") is None:
         pytest.skip("there is no unshare here")
-    try_it = subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False)
-    if try_it.returncode:
-        pytest.skip("this system lets us mount nothing")
-    return subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, check=False)
+    mount = f"cd {folder} && mkdir here && mount -t tmpfs -o {options} none here || exit 9\n"
+    command = ["unshare", "-rm", "sh", "-c", f"{mount}touch mounted\n{script}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if not (folder / "mounted").exists():
+        pytest.skip(f"this system lets us mount nothing: {done.stderr}")
+    return done
 
 
 def test_a_disk_that_is_really_full_is_told_and_freed_space_goes_on(tmp_path: Path) -> None:
     command = " ".join([*COMMAND, "distill", "random_subset", "--ipc", "10", "--to", "here/set"])
-    done = on_a_small_disk(
-        f"cd {tmp_path} && mkdir -p here && mount -t tmpfs -o size=64k none here || exit 9\n"
+    done = on_a_disk(
+        "size=64k",
+        tmp_path,
         f"head -c 60000 /dev/zero > here/ballast\n{command}; echo first $?\n"
-        f"ls -A here/set; rm here/ballast; {command}; echo second $?\n"
+        f"ls -A here/set; rm here/ballast; {command}; echo second $?\n",
     )
-    if done.returncode == 9:
-        pytest.skip("this system lets us mount nothing")
     assert "first 2" in done.stdout and "second 0" in done.stdout, done
     assert "the disk is full" in done.stderr
     assert ".part" not in done.stdout
@@ -186,11 +187,7 @@ def test_a_disk_that_is_really_full_is_told_and_freed_space_goes_on(tmp_path: Pa
 
 def test_a_read_only_disk_is_told(tmp_path: Path) -> None:
     command = " ".join([*COMMAND, "distill", "random_subset", "--to", "here/set"])
-    done = on_a_small_disk(
-        f"cd {tmp_path} && mkdir -p here && mount -t tmpfs -o ro none here || exit 9\n{command}; echo ended $?\n"
-    )
-    if done.returncode == 9:
-        pytest.skip("this system lets us mount nothing")
+    done = on_a_disk("ro", tmp_path, f"{command}; echo ended $?\n")
     assert "ended 2" in done.stdout, done
     assert "the file system is read-only: choose another folder with --to" in done.stderr
 
@@ -274,16 +271,26 @@ def test_two_commands_share_a_store(tmp_path: Path) -> None:
     assert settled(tmp_path / "shared") == settled(tmp_path / "alone")
 
 
-def test_a_store_that_another_command_clears_is_made_again(real: Splits, tmp_path: Path) -> None:
+def test_a_store_that_another_command_clears_is_made_again(
+    real: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from distillens.core.recipe import Recipe
     from distillens.nets.mlp import MLP
 
     asked = Training(real.train, MLP(width=4), Recipe(steps=2), Key(0).split(2))
-    here, there = Runs(Plan(), folder=tmp_path), Runs(Plan(), folder=tmp_path)
-    (first,) = here.get(asked)
-    shutil.rmtree(tmp_path)
-    (second,) = there.get(asked)
-    assert first.final.equal(second.final)
+    whole = Runs(Plan()).get(asked)[0]
+    runs, cleared = Runs(Plan(), folder=tmp_path / "store"), []
+    load = runs._load
+
+    def after_another_cleared(part: Training) -> Population:
+        if not cleared:
+            shutil.rmtree(tmp_path / "store")  # between the training and the reading
+            cleared.append(part)
+        return load(part)
+
+    monkeypatch.setattr(runs, "_load", after_another_cleared)
+    assert runs.get(asked)[0].final.equal(whole.final)
+    assert set(runs.trained.values()) == {2}
 
 
 @pytest.mark.parametrize("removed", range(4))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import socket
@@ -131,20 +130,11 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def two(jobs_can_be_imported: None) -> Iterator[Cluster]:
+def two(jobs_can_be_imported: None, small_cluster: Any) -> Iterator[Cluster]:
     """Two workers of a small cluster that the tests share."""
-    ray.init(
-        "local",
-        num_cpus=2,
-        object_store_memory=200 << 20,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
     with Cluster(2) as cluster:
         yield cluster
     assert ray.is_initialized()  # closing leaves alone what it did not start
-    ray.shutdown()
 
 
 @pytest.fixture

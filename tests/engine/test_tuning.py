@@ -75,6 +75,25 @@ def test_what_was_measured_once_is_taken_again(
     assert asked == []
 
 
+def test_of_two_processes_that_measure_at_once_the_first_is_right(
+    small: Dataset, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock(monkeypatch, lambda plan, batch, models: 1.0)
+    first = tuning.plan_for(small, NET)
+    (path,) = folder.glob("plan-*.json")
+    written = path.read_bytes()
+    path.unlink()
+    forget()
+
+    def meanwhile(plan: Plan, batch: int, models: int) -> float:
+        path.write_bytes(written)
+        return float(models)
+
+    clock(monkeypatch, meanwhile)
+    assert tuning.plan_for(small, NET) == first
+    assert path.read_bytes() == written
+
+
 def test_a_damaged_measurement_is_made_again(
     small: Dataset, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
