@@ -44,7 +44,9 @@ class Net(Protocol):
     remembered between steps; otherwise the new buffers are returned, the old ones left alone.
     """
 
-    mixes_examples: ClassVar[bool]  # whether training mode lets one image change another's output
+    @property
+    def mixes_examples(self) -> bool:
+        """Whether training mode lets one image change another's output, with these settings."""
 
     def init(self, like: Like, key: Key) -> tuple[Params, Buffers]:
         """Fresh parameters, float32 on the CPU."""
