@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -194,9 +195,10 @@ def _made(net: FromModule, shape: tuple[int, ...], k: int, key: Key) -> nn.Modul
         return numbers.get(value, value) if isinstance(value, str) else value
 
     arguments = {name: filled(value) for name, value in net.arguments}
-    with _generator(key):
+    with _generator(key), ThreadPoolExecutor(1) as apart:
         try:
-            module = make(**arguments)
+            # In a thread of its own: a transform of torch.func that is under way here does not reach in.
+            module = apart.submit(make, **arguments).result()
         except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
             called = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
             raise UserError(
@@ -254,7 +256,7 @@ def _body(net: FromModule, shape: tuple[int, ...], k: int, training: bool) -> nn
     """The module without its last layer: a structure, called with parameters that are given to it."""
     module = _made(net, shape, k, Key(0))
     _put(module, _head(module, k, net.make), nn.Identity())
-    return module.train(training).requires_grad_(False)
+    return module.train(training)
 
 
 @lru_cache(maxsize=64)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -23,13 +25,16 @@ class Stage(NamedTuple):
     pooled: bool
 
 
-def pools(stages: Sequence[Stage], place: int, h: int, w: int) -> bool:
-    """Whether a stage halves a map of h x w.
+def pooled(stages: Sequence[Stage], h: int, w: int) -> list[bool]:
+    """Which stages pool images of h x w: of those that may, as many of the last as leave one pixel a side or more.
 
-    A map that convolutions and norms still follow keeps two pixels a side, else a norm would leave nothing of it;
-    the last may come down to one. Images of the field's sizes are always halved.
+    So a small image is taken for one that has been pooled already, and all but the last maps keep two pixels a side:
+    of a single one a norm would leave nothing. Images of the field's sizes are pooled by all.
     """
-    return stages[place].pooled and min(h, w) >= (2 if place == len(stages) - 1 else 4)
+    side = min(h, w) + 2 * stages[0].padding - stages[0].kernel + 1
+    spare = sum(stage.pooled for stage in stages) - int(math.log2(side))
+    seen = accumulate(stage.pooled for stage in stages)
+    return [stage.pooled and count > spare for stage, count in zip(stages, seen, strict=True)]
 
 
 def fresh_stack(
@@ -39,7 +44,7 @@ def fresh_stack(
     params: Params = {}
     buffers: Buffers = {}
     channels, h, w = like.shape
-    for place, stage in enumerate(stages):
+    for place, (stage, halves) in enumerate(zip(stages, pooled(stages, h, w), strict=True)):
         name = f"conv{place}"
         shape = (stage.channels, channels, stage.kernel, stage.kernel)
         scale, remembered = fresh_norm(f"norm{place}", stage.channels, norm)
@@ -47,7 +52,7 @@ def fresh_stack(
         buffers |= remembered
         grown = 2 * stage.padding - stage.kernel + 1
         channels, h, w = stage.channels, h + grown, w + grown
-        if pools(stages, place, h, w):
+        if halves:
             h, w = h // 2, w // 2
     return params, buffers, (channels, h, w)
 
@@ -55,8 +60,9 @@ def fresh_stack(
 def through_stack(x: torch.Tensor, stages: Sequence[Stage], passing: Pass) -> torch.Tensor:
     """What leaves the stages, flattened, [n, c * h * w], in the precision of the parameters."""
     x = entering(x)
-    for place, stage in enumerate(stages):
+    halvings = pooled(stages, x.shape[-2], x.shape[-1])
+    for place, (stage, halves) in enumerate(zip(stages, halvings, strict=True)):
         x = F.relu(passing.norm(passing.conv(x, f"conv{place}", padding=stage.padding), f"norm{place}"))
-        if pools(stages, place, x.shape[-2], x.shape[-1]):
+        if halves:
             x = F.max_pool2d(x, 2)
     return x.flatten(1).to(passing.params["linear.weight"].dtype)

@@ -21,8 +21,7 @@ class AlexNet:
     """Five convolutions, max pooling after the first, second and fifth, then one linear layer.
 
     ``width`` 128 is the field's: 128, 192, 256, 192, 192 channels; another width scales them all. 28 px images are
-    padded to 32 by the first convolution. Below 8 px a pooling that would leave less than two pixels a side (less than
-    one, the last) is left out.
+    padded to 32 by the first convolution. Below 8 px the first poolings are left out.
 
     Source: Krizhevsky et al. 2012; Zhao et al. 2021 (``networks.py``), without norm there. PyTorch's default
     initialisation.

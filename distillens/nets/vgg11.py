@@ -24,8 +24,8 @@ class VGG11:
     """Eight stages {3 x 3 convolution, norm, ReLU}, max pooling after the 1st, 2nd, 4th, 6th, 8th, one linear layer.
 
     ``width`` 64 is the field's: 64, 128, 256, 256, 512, 512, 512, 512 channels; another width scales them all. 28 px
-    images are padded to 32 by the first convolution. Below 32 px a pooling that would leave less than two pixels a side
-    (less than one, the last) is left out.
+    images are padded to 32 by the first convolution. Below 32 px the first poolings are left out, so that the last maps
+    are those of 32 px.
 
     Source: Simonyan & Zisserman 2015; Zhao et al. 2021 (``networks.py``). PyTorch's default initialisation. Where we
     differ: above 32 px the last maps are flattened, where the authors' code has no such network.
