@@ -23,10 +23,9 @@ from distillens.core.rng import Key
 from distillens.nets._layers import batch_norm, standardised
 
 PREFIX = "module:"  # how the command line tells a module from a network of the room
-KNOWN = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d} | {
-    nn.InstanceNorm1d,
-    nn.InstanceNorm2d,
-    nn.InstanceNorm3d,
+KNOWN = {
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
     nn.LayerNorm,
 }
 RELATED = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.RMSNorm)
@@ -113,7 +112,8 @@ def from_module(make: str, **arguments: Any) -> FromModule:
     The module must end in an ``nn.Linear`` with an output a class; the features are what enters it. When it is made,
     ``BatchNorm``, ``InstanceNorm`` and ``LayerNorm`` in it are replaced by elementary operations with the same results
     and parameter names, because torch's have wrong higher derivatives; so is fused attention while it runs, and in-place
-    activations are made plain. Running statistics move with every training batch and are returned, never written.
+    activations are made plain. Running statistics move with every training batch and are returned, never written. Buffers
+    of whole numbers (index tables) stay as they were made.
 
     A fresh module is tried on a few images, once for a shape of data.
 
@@ -199,7 +199,7 @@ def _made(net: FromModule, shape: tuple[int, ...], k: int, key: Key) -> nn.Modul
         try:
             # In a thread of its own: a transform of torch.func that is under way here does not reach in.
             module = apart.submit(make, **arguments).result()
-        except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
+        except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError) as error:
             called = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
             raise UserError(
                 f"{net.make}({called}) fails", got=f"{type(error).__name__}: {_line(error)}"
@@ -251,7 +251,7 @@ def _head(module: nn.Module, k: int, make: str) -> str:
     return str(found[-1])
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)
 def _body(net: FromModule, shape: tuple[int, ...], k: int, training: bool) -> nn.Module:
     """The module without its last layer: a structure, called with parameters that are given to it."""
     module = _made(net, shape, k, Key(0))
@@ -281,7 +281,7 @@ def _tried(net: FromModule, shape: tuple[int, ...], k: int) -> None:
 
     try:
         logits, first, second = whole("evaluate", 0), whole("train", 1), whole("train", 2)
-    except (TypeError, ValueError, RuntimeError, IndexError, AssertionError) as error:
+    except (TypeError, ValueError, RuntimeError, LookupError, AssertionError) as error:
         raise UserError(
             f"{net.make} does not take images of shape {shape}", got=f"{type(error).__name__}: {_line(error)}"
         ) from error

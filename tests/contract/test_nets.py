@@ -332,6 +332,43 @@ def test_the_check_of_derivatives_finds_a_norm_that_is_wrong(
 # ---- the networks by name ----
 
 
+def test_the_networks_of_the_field_are_there() -> None:
+    assert nets.room.names() == ["alexnet", "convnet", "lenet", "mlp", "resnet18", "resnet34", "vgg11", "vit"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("lenet", "LeNet"), ("alexnet", "AlexNet"), ("vgg11", "VGG11"), ("resnet34", "ResNet34")],
+)
+def test_images_of_one_row_are_refused(name: str, said: str) -> None:
+    with pytest.raises(UserError) as error:
+        tiny(name, ODD).init(Images((1, 1, 12), 3), Key(0))
+    assert str(error.value) == (
+        f"images of 1 x 12 are too small for {said}; expected at least 2 pixels a side"
+    )
+
+
+def test_patches_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(UserError) as error:
+        override(tiny("vit", ODD), ["patch=3"]).init(ODD, Key(0))
+    assert str(error.value) == (
+        "patches of 3 x 3 do not fit images of 8 x 12; choose a net.patch that divides both sides"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "known"),
+    [
+        ("lenet", "norm", "batch, group, none"),
+        ("resnet18", "norm", "batch, group, none"),
+        ("resnet18", "downsample", "average, stride"),
+    ],
+)
+def test_unknown_words_are_met_with_the_known_ones(name: str, field: str, known: str) -> None:
+    with pytest.raises(UserError, match=rf"unknown {field} 'zzz'; Known: {known}$"):
+        nets.room.find(name)(**{field: "zzz"})
+
+
 def test_the_convnet_of_the_field_has_320010_parameters() -> None:
     net = nets.room.find("convnet").defaults(Images((3, 32, 32), 10))  # type: ignore[attr-defined]
     params, buffers = net.init(Images((3, 32, 32), 10), Key(0))
@@ -381,6 +418,16 @@ def test_a_convnet_too_deep_for_the_images_says_so() -> None:
     [
         ("convnet", "depth=0", "convnet: depth must be at least 1; got 0"),
         ("mlp", "width=0", "mlp: width must be at least 1; got 0"),
+        ("lenet", "width=0", "lenet: width must be at least 1; got 0"),
+        ("alexnet", "width=0", "alexnet: width must be at least 1; got 0"),
+        ("vgg11", "width=0", "vgg11: width must be at least 1; got 0"),
+        ("resnet18", "width=0", "resnet18: width must be at least 1; got 0"),
+        ("vit", "heads=0", "vit: heads must be at least 1; got 0"),
+        (
+            "vit",
+            "heads=3",
+            "vit: the heads must divide the width; got 3 heads of 4 numbers; set net.width and net.heads",
+        ),
     ],
 )
 def test_sizes_below_one_are_refused(name: str, change: str, message: str) -> None:

@@ -288,6 +288,14 @@ def test_the_networks_have_the_published_sizes_on_cifar10(name: str, changes: An
 
 
 @pytest.mark.parametrize("name", nets.room.names())
+def test_the_page_on_networks_says_their_sizes(name: str) -> None:
+    rows = (Path(__file__).parents[2] / "docs" / "networks.md").read_text().splitlines()
+    (row,) = [row for row in rows if row.startswith(f"| `{name}` |")]
+    params, _ = nets.named(name, COLOUR_32).init(COLOUR_32, Key(0))
+    assert f"| {sum(value.numel() for value in params.values()):,} |" in row
+
+
+@pytest.mark.parametrize("name", nets.room.names())
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 64, 64), (2, 9, 5), (1, 4, 6)])
 def test_other_sizes_are_taken_too(name: str, shape: tuple[int, int, int]) -> None:
     like = Images(shape, 4)
