@@ -339,7 +339,7 @@ def test_a_network_that_is_not_there_is_said_in_one_line(assignment: str, messag
 
 
 def test_settings_of_a_network_that_was_replaced_are_unknown() -> None:
-    with pytest.raises(UserError, match="unknown setting of lenet 'depth'; .*Known: norm, width"):
+    with pytest.raises(UserError, match=r"unknown setting of lenet 'depth'; .*Known: norm, width"):
         override(distillers.room.find("dm")(), ["net.depth=2", "net=lenet"])
 
 
