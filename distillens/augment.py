@@ -1,7 +1,9 @@
-"""Differentiable siamese augmentation (Zhao & Bilen 2021), with the draw as a value.
+"""Differentiable siamese augmentation (Zhao & Bilen 2021) and CutMix, with the draw as a value.
 
-Mode "S" of the authors' code: one operation a call, drawn for the whole batch. A draw of one
-row is *siamese*: the same parameters for every image, so real and distilled batches of any size share it.
+A strategy names operations: ``color_crop_cutout_flip_scale_rotate`` is mode "S" of the authors' code, one of them a
+call, drawn for the whole batch. Several such choices in turn are joined by "+": ``color+crop_scale_rotate+cutout`` always
+changes colour, then moves in one of three ways, then cuts out, as IDC (Kim et al. 2022) and its successors do.
+A draw of one row is *siamese*: the same parameters for every image, so real and distilled batches of any size share it.
 Where we differ: the draw comes from an explicit key; the authors re-seed the global generator from the clock.
 Everything is differentiable once in the images through every operation.
 """
@@ -26,38 +28,93 @@ ROTATE = 15.0  # degrees, either way
 
 @dataclass(frozen=True)
 class Draw:
-    """One augmentation: an operation and uniform numbers [n or 1, 3] that settle it."""
+    """One augmentation: an operation, uniform numbers [n or 1, 3] that settle it, and what comes after it."""
 
     operation: str
     numbers: torch.Tensor
+    then: Draw | None = None
+
+    def rows(self, index: torch.Tensor | slice) -> Draw:
+        """The draw of some images only."""
+        return Draw(self.operation, self.numbers[index], None if self.then is None else self.then.rows(index))
 
 
-def parse(strategy: str) -> tuple[str, ...]:
-    """The operations in ``color_crop_cutout_flip_scale_rotate`` (in any order); "" is none.
+def parse(strategy: str) -> tuple[tuple[str, ...], ...]:
+    """The choices in turn, each of some operations; "" is none.
+
+    >>> parse("color+crop_rotate")
+    (('color',), ('crop', 'rotate'))
 
     Raises:
         UserError: an operation is unknown.
     """
-    names = tuple(name for name in strategy.split("_") if name)
-    for name in names:
+    choices = (tuple(name for name in choice.split("_") if name) for choice in strategy.split("+"))
+    found = tuple(choice for choice in choices if choice)
+    for name in (name for choice in found for name in choice):
         if name not in OPERATIONS:
             raise unknown("augmentation", name, OPERATIONS)
-    return names
+    return found
 
 
 def draw(strategy: str, key: Key, n: int = 1) -> Draw | None:
-    """One operation of the strategy for ``n`` images (1 is siamese); None where there is none."""
-    names = parse(strategy)
-    if not names:
-        return None
-    operation = names[int(key.fold("operation").integers(len(names), 1))]
-    return Draw(operation, key.fold("numbers").uniform(n, 3))
+    """One operation of each choice of the strategy, for ``n`` images (1 is siamese); None where there is none."""
+    drawn = None
+    choices = parse(strategy)
+    for turn in reversed(range(len(choices))):
+        place = key.fold("turn", turn) if turn else key
+        operation = choices[turn][int(place.fold("operation").integers(len(choices[turn]), 1))]
+        drawn = Draw(operation, place.fold("numbers").uniform(n, 3), drawn)
+    return drawn
 
 
 def apply(images: torch.Tensor, drawn: Draw | None) -> torch.Tensor:
     """The images [n, c, h, w] under a draw."""
-    if drawn is None:
-        return images
+    while drawn is not None:
+        images, drawn = _apply(images, drawn), drawn.then
+    return images
+
+
+@dataclass(frozen=True)
+class Mix:
+    """CutMix (Yun et al. 2019): a box of every image comes from its partner, and so does that share of its label.
+
+    ``partner`` [n] int64; rows ``top`` to ``bottom`` and columns ``left`` to ``right`` are the partner's.
+    """
+
+    partner: torch.Tensor
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    def images(self, images: torch.Tensor) -> torch.Tensor:
+        """The images [n, c, h, w], mixed."""
+        mixed = images.clone()
+        box = (..., slice(self.top, self.bottom), slice(self.left, self.right))
+        mixed[box] = images[self.partner.to(images.device)][box]
+        return mixed
+
+    def share(self, images: torch.Tensor) -> float:
+        """How much of each image is its partner's, 0 to 1."""
+        return (self.bottom - self.top) * (self.right - self.left) / (images.shape[-2] * images.shape[-1])
+
+
+def draw_mix(probability: float, key: Key, n: int, shape: tuple[int, int]) -> Mix | None:
+    """A mix of ``n`` images of height and width ``shape``, with that probability; one box and one share a batch.
+
+    The box covers a uniform share of the image; its centre is uniform and what hangs over the border is lost.
+    """
+    chance, share, row, column = key.fold("mix").uniform(4).tolist()
+    if chance >= probability:
+        return None
+    ends = []
+    for centre, side in zip((row, column), shape, strict=True):
+        middle, length = int(centre * side), int(side * math.sqrt(share))
+        ends += [max(middle - length // 2, 0), min(middle + length // 2, side)]
+    return Mix(key.fold("partner").permutation(n), *ends)
+
+
+def _apply(images: torch.Tensor, drawn: Draw) -> torch.Tensor:
     u = drawn.numbers.to(images)
     if drawn.operation == "color":
         return _color(images, u)

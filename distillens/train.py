@@ -14,6 +14,7 @@ from functools import cached_property, partial
 import torch
 
 from distillens import augment
+from distillens.augment import Mix
 from distillens.core.artefact import DistilledDataset, Order
 from distillens.core.checks import UserError
 from distillens.core.config import describe
@@ -77,6 +78,11 @@ class Training:
                 "ordered steps name their images: subsets do not go with them",
                 fix="leave points out by example weights",
             )
+        if self.order is not None and self.recipe.cutmix:
+            raise UserError(
+                "ordered steps name their images: CutMix does not go with them",
+                got=f"cutmix {self.recipe.cutmix:g}",
+            )
         if self.order is not None and self.order.steps.numel() and int(self.order.steps.max()) >= n:
             raise UserError(
                 "an ordered step names an image that is not there",
@@ -92,6 +98,12 @@ class Training:
             if self.subsets is not None or batched:
                 raise UserError(
                     "example weights need full batches of the whole set", fix="leave points out by subsets"
+                )
+            if self.recipe.cutmix:
+                raise UserError(
+                    "example weights do not go with CutMix, which mixes the images",
+                    got=f"cutmix {self.recipe.cutmix:g}",
+                    fix="leave points out by subsets",
                 )
             if self.net.mixes_examples:
                 raise UserError(
@@ -298,14 +310,23 @@ def _train_chunk(training: Training, plan: Plan, progress: Progress | None) -> P
     def slope(at: torch.Tensor, step: int) -> tuple[torch.Tensor, Buffers]:
         """The gradient [m, P] of each model's own mean loss at the parameters ``at``, and the new buffers."""
         index, weight = batches.at(step)
+        mixes = batches.mixes(step)
+        if any(mixes) and index is None:
+            index = torch.arange(len(data), device=data.device).expand(len(flat), -1)
         leaf = at.detach().requires_grad_()
-        logits, new = _forward(training, shapes.unflatten(leaf), buffers, images, index, step)
+        logits, new = _forward(training, shapes.unflatten(leaf), buffers, images, index, mixes, step)
         labels = data.labels
         if isinstance(labels, Teacher):
             labels = labels.view(step % len(labels.views))
-        if index is not None:
-            labels = labels.take(index)
-        losses = labels.loss(logits)
+        losses = (labels if index is None else labels.take(index)).loss(logits)
+        if index is not None and any(mixes):
+            pairs = zip(index, mixes, strict=True)
+            partners = torch.stack(
+                [own if mix is None else own[mix.partner.to(own.device)] for own, mix in pairs]
+            )
+            shares = [0.0 if mix is None else mix.share(images) for mix in mixes]
+            share = torch.tensor(shares, dtype=losses.dtype, device=losses.device)[:, None]
+            losses = (1 - share) * losses + share * labels.take(partners).loss(logits)
         if weight is None:
             mean = losses.mean(1)
         else:
@@ -371,6 +392,7 @@ def _forward(
     buffers: Buffers,
     images: torch.Tensor,
     index: torch.Tensor | None,
+    mixes: Sequence[Mix | None],
     step: int,
 ) -> tuple[torch.Tensor, Buffers]:
     """Logits [m, b, k] in training mode, and the new buffers [m, ...]."""
@@ -381,6 +403,10 @@ def _forward(
     shared = index is None and not strategy
 
     def batch(j: int) -> torch.Tensor:
+        x, mix = shown(j), mixes[j]
+        return x if mix is None else mix.images(x)
+
+    def shown(j: int) -> torch.Tensor:
         x = images if index is None else images[index[j].clamp(min=0)]
         if not strategy:
             return x
@@ -389,9 +415,7 @@ def _forward(
             place = Key(labels.seed).fold("view", step % len(labels.views))
             numbers = augment.draw(strategy, place, len(training.data))
             rows = slice(None) if index is None else index[j].clamp(min=0)
-            return augment.apply(
-                x, None if numbers is None else replace(numbers, numbers=numbers.numbers[rows])
-            )
+            return augment.apply(x, None if numbers is None else numbers.rows(rows))
         return augment.apply(x, augment.draw(strategy, place, len(x)))
 
     x = images if shared else batch(0) if m == 1 else torch.stack([batch(j) for j in range(m)])
@@ -446,6 +470,20 @@ class _Batches:
             index[j, : len(row)] = row
             weight[j, : len(row)] = 1
         return index.to(device), weight.to(device)
+
+    def mixes(self, step: int) -> list[Mix | None]:
+        """How CutMix mixes each model's batch; images that fill a short one up keep to themselves."""
+        probability, (h, w) = self.training.recipe.cutmix, self.training.data.shape[1:]
+        if not probability:
+            return [None] * len(self.sizes)
+        drawn = []
+        lengths = [len(self._row(j, step)) for j in range(len(self.sizes))]
+        for key, length in zip(self.training.keys, lengths, strict=True):
+            mix = augment.draw_mix(probability, key.fold("cutmix", step), length, (h, w))
+            if mix is not None and length < max(lengths):
+                mix = replace(mix, partner=torch.cat([mix.partner, torch.arange(length, max(lengths))]))
+            drawn.append(mix)
+        return drawn
 
     def _row(self, j: int, step: int) -> torch.Tensor:
         size = self.sizes[j]

@@ -90,22 +90,24 @@ class MultiFormation:
         """[factor^2 * n, c, h, w]."""
         whole = stored["images"]
         h, w = whole.shape[2:]
+        if self.factor == 1:
+            return whole
+        patches = [
+            F.interpolate(whole[:, :, rows, columns], size=(h, w), mode="bilinear", align_corners=False)
+            for rows, columns in self.patches(h, w)
+        ]
+        return torch.cat(patches)
+
+    def patches(self, h: int, w: int) -> list[tuple[slice, slice]]:
+        """Rows and columns of each patch of an image of that height and width."""
         f = self.factor
         rows = [round(i * h / f) for i in range(f + 1)]
         columns = [round(i * w / f) for i in range(f + 1)]
-        if f == 1:
-            return whole
-        patches = [
-            F.interpolate(
-                whole[:, :, rows[i] : rows[i + 1], columns[j] : columns[j + 1]],
-                size=(h, w),
-                mode="bilinear",
-                align_corners=False,
-            )
+        return [
+            (slice(rows[i], rows[i + 1]), slice(columns[j], columns[j + 1]))
             for i in range(f)
             for j in range(f)
         ]
-        return torch.cat(patches)
 
     def origin(self, stored: Stored) -> torch.Tensor:
         """0 .. n-1, repeated factor^2 times."""

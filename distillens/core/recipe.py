@@ -19,7 +19,8 @@ class Recipe:
     batches run through a fresh permutation each pass and the last short one is kept, as the
     field's loaders do. ``tenth_at_half`` multiplies the rate by 0.1 from step ``steps // 2 + 1``
     and empties the momentum there, as the DC family's evaluation does. ``augment`` is a
-    strategy of differentiable siamese augmentation ("color_crop_cutout_flip_scale_rotate"; "" is none).
+    strategy of differentiable siamese augmentation ("color_crop_cutout_flip_scale_rotate"; "" is none). ``cutmix``
+    is the chance of a step to be mixed (Yun et al. 2019): a box of every image, and that share of its label, are another's.
 
     ``rho`` above 0 looks for flat minima (adaptive sharpness-aware minimisation, Kwon et al. 2021): each step takes
     its gradient at the parameters moved by ``rho`` up the loss, at twice the cost. ``gsam_alpha`` takes away so
@@ -34,6 +35,7 @@ class Recipe:
     weight_decay: float = 0.0
     schedule: Literal["constant", "tenth_at_half", "cosine"] = "constant"
     augment: str = ""
+    cutmix: float = 0.0
     rho: float = 0.0
     gsam_alpha: float = 0.0
 
@@ -41,6 +43,8 @@ class Recipe:
         at_least(0, "recipe", steps=self.steps, momentum=self.momentum, weight_decay=self.weight_decay)
         at_least(0, "recipe", rho=self.rho, gsam_alpha=self.gsam_alpha)
         positive("recipe", lr=self.lr)
+        if not 0 <= self.cutmix <= 1:
+            raise UserError("recipe: cutmix is a probability", got=f"{self.cutmix!r}", expected="0 to 1")
         if self.gsam_alpha and not self.rho:
             raise UserError(
                 "recipe: gsam_alpha does nothing without rho",

@@ -11,12 +11,14 @@ from distillens.core.artefact import DistilledDataset
 from distillens.core.checks import DivergedError, UserError
 from distillens.core.contracts import Like, Net, Params, Problem, State
 from distillens.core.dataset import check_per_class
+from distillens.core.decode import Decode, Pixels
 from distillens.core.labels import Hard, Labels
 from distillens.core.recipe import Recipe
 from distillens.core.rng import Key
 from distillens.unroll import Adam
 
 Init = Literal["real", "noise"]
+AS_THEY_ARE = Pixels()
 
 
 def small(like: Like) -> bool:
@@ -152,9 +154,13 @@ def begin(images: torch.Tensor, **values: float) -> State:
 
 
 def finished(
-    problem: Problem, images: torch.Tensor, recipe: Recipe | None = None, labels: Labels | None = None
+    problem: Problem,
+    images: torch.Tensor,
+    recipe: Recipe | None = None,
+    labels: Labels | None = None,
+    decode: Decode = AS_THEY_ARE,
 ) -> DistilledDataset:
-    """A distilled set of plain images, class by class; with hard labels where none are given."""
+    """A distilled set of stored images, class by class; with hard labels where none are given."""
     real = problem.real
     own = Hard(problem.labels()) if labels is None else labels
-    return DistilledDataset({"images": images}, own, real.classes, real.space, recipe=recipe)
+    return DistilledDataset({"images": images}, own, real.classes, real.space, decode, recipe)

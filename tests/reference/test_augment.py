@@ -210,6 +210,64 @@ def test_an_unknown_operation_is_met_with_a_suggestion() -> None:
     )
 
 
+def test_choices_joined_by_plus_are_made_in_turn() -> None:
+    assert augment.parse("color+crop_scale_rotate+cutout") == (
+        ("color",),
+        ("crop", "scale", "rotate"),
+        ("cutout",),
+    )
+    x, between = images(), set()
+    for seed in range(30):
+        first = augment.draw("color+crop_scale_rotate+cutout", Key(seed), 5)
+        assert first is not None and first.then is not None and first.then.then is not None
+        second, third = first.then, first.then.then
+        assert first.operation == "color" and third.operation == "cutout" and third.then is None
+        between.add(second.operation)
+        assert len(torch.unique(torch.cat([d.numbers for d in (first, second, third)]))) == 45
+        one_by_one = x
+        for drawn in (first, second, third):
+            one_by_one = augment.apply(one_by_one, Draw(drawn.operation, drawn.numbers))
+        assert torch.equal(augment.apply(x, first), one_by_one)
+        some = torch.tensor([3, 1])
+        torch.testing.assert_close(augment.apply(x[some], first.rows(some)), one_by_one[some])
+    assert between == {"crop", "scale", "rotate"}
+
+
+# ---- CutMix ----
+
+
+def test_a_mix_puts_a_box_of_the_partner_into_each_image() -> None:
+    x = images(6)
+    kept = x.clone()
+    mix = augment.Mix(torch.tensor([5, 0, 1, 2, 3, 4]), 2, 5, 1, 11)
+    found = mix.images(x)
+    for i in range(6):
+        for row in range(8):
+            for column in range(12):
+                theirs = 2 <= row < 5 and 1 <= column < 11
+                source = x[int(mix.partner[i])] if theirs else x[i]
+                assert torch.equal(found[i, :, row, column], source[:, row, column])
+    assert mix.share(x) == 30 / 96
+    assert torch.equal(x, kept)
+
+
+def test_mixes_are_drawn_as_often_as_asked_with_boxes_of_all_sizes_everywhere() -> None:
+    drawn = [augment.draw_mix(0.3, Key(8).fold(i), 6, (8, 12)) for i in range(3000)]
+    mixes = [mix for mix in drawn if mix is not None]
+    assert abs(len(mixes) - 900) < 5 * (3000 * 0.3 * 0.7) ** 0.5
+    x = images(1)
+    shares = torch.tensor([mix.share(x) for mix in mixes])
+    assert float(shares.min()) < 0.01 and float(shares.max()) > 0.6
+    covered = torch.zeros(8, 12)
+    for mix in mixes:
+        assert 0 <= mix.top <= mix.bottom <= 8 and 0 <= mix.left <= mix.right <= 12
+        assert sorted(mix.partner.tolist()) == list(range(6))
+        covered[mix.top : mix.bottom, mix.left : mix.right] += 1
+    assert float(covered.min()) > 0
+    assert all(augment.draw_mix(0.0, Key(i), 6, (8, 12)) is None for i in range(50))
+    assert all(augment.draw_mix(1.0, Key(i), 6, (8, 12)) is not None for i in range(50))
+
+
 # ---- ranges over many draws ----
 
 MANY = 4000

@@ -369,6 +369,29 @@ def test_a_teachers_view_of_an_image_is_the_same_in_every_batch() -> None:
         torch.testing.assert_close(seen, augment.apply(data().images.double(), drawn)[index])
 
 
+def test_cutmix_takes_a_box_and_its_share_of_the_label_from_a_partner() -> None:
+    """The loss is written out: the label is a mixed distribution over the classes."""
+    mixed = []
+
+    def loss(t: int, model: nn.Module) -> torch.Tensor:
+        x, y = data().images.double(), F.one_hot(data().labels.hard(), K).double()
+        mix = augment.draw_mix(0.5, KEYS[0].fold("cutmix", t), N, (8, 12))
+        if mix is not None:
+            inside = torch.zeros(8, 12)
+            inside[mix.top : mix.bottom, mix.left : mix.right] = 1
+            x = x * (1 - inside) + x[mix.partner] * inside
+            share = float(inside.mean())
+            y = (1 - share) * y + share * y[mix.partner]
+        mixed.append(mix is not None)
+        return -(y * model(x).log_softmax(1)).sum(1).mean()
+
+    recipe = RECIPE.but(cutmix=0.5)
+    expected = by_torch(recipe, loss=loss)
+    assert any(mixed) and not all(mixed)
+    assert off(run(Training(data(), NET, recipe, KEYS[:1]))[0], expected) < CLOSE
+    assert off(run(Training(data(), NET, RECIPE, KEYS[:1]))[0], expected) > 1e-3
+
+
 # ---- many models are single models side by side ----
 
 
@@ -395,6 +418,10 @@ def cases() -> dict[str, Training]:
         "order, weights": replace(base, order=ORDER, weights=weights),
         "teacher": replace(base, data=with_teacher(), recipe=augmented.but(batch=5)),
         "same key": replace(base, keys=KEYS[:1] * 5, weights=weights),
+        "cutmix": replace(base, recipe=RECIPE.but(cutmix=0.5)),
+        "cutmix, subsets, augmented batches": replace(
+            base, recipe=augmented.but(batch=3, cutmix=0.5), subsets=subsets
+        ),
     }
 
 
@@ -784,6 +811,15 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"order": Order(torch.tensor([[0, 12]]), torch.ones(1))},
         "an ordered step names an image that is not there; got 12; expected 0 to 11",
     ),
+    "weights, cutmix": (
+        {"weights": torch.ones(5, N), "recipe": RECIPE.but(cutmix=0.5)},
+        "example weights do not go with CutMix, which mixes the images; got cutmix 0.5; "
+        "leave points out by subsets",
+    ),
+    "order, cutmix": (
+        {"order": ORDER, "recipe": RECIPE.but(cutmix=0.5)},
+        "ordered steps name their images: CutMix does not go with them; got cutmix 0.5",
+    ),
     "augmentation": (
         {"recipe": RECIPE.but(augment="flop")},
         "unknown augmentation 'flop'; Did you mean 'flip'? Known: color, crop, cutout, flip, rotate, scale",
@@ -833,6 +869,7 @@ def test_an_order_needs_one_rate_a_step() -> None:
         ({"lr": math.nan}, "recipe: lr must be above 0; got nan"),
         ({"momentum": 1.0}, "recipe: momentum must be below 1; got 1.0"),
         ({"batch": 0}, "recipe: batch must be at least 1; got 0"),
+        ({"cutmix": 1.5}, "recipe: cutmix is a probability; got 1.5; expected 0 to 1"),
         (
             {"optimiser": "sdg"},
             "unknown optimiser 'sdg'; Did you mean 'sgd'? Known: adam, adamw, sgd",

@@ -1,0 +1,61 @@
+"""What methods share that store several images in one (multi-formation, Kim et al. 2022), in the range of pixels."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from distillens.core.contracts import Problem
+from distillens.core.dataset import check_per_class
+from distillens.core.decode import MultiFormation
+from distillens.core.space import Space
+
+
+def mixed(problem: Problem, factor: int) -> torch.Tensor:
+    """Images [k * ipc, c, h, w] whose factor^2 patches are different real images of the class, made smaller.
+
+    A class with too few images for that gives some of them more than once, as seldom as can be.
+
+    Source: Kim et al. 2022, ``init: mix``. With factor 1 they are a random real subset.
+
+    Raises:
+        UserError: a class has fewer images than points were asked for.
+    """
+    check_per_class(problem.real, problem.ipc)
+    wanted = problem.ipc * factor**2
+    chosen = []
+    for c, members in enumerate(problem.by_class):
+        key = problem.key.fold("init").fold(c)
+        rounds = [key.fold(turn) if turn else key for turn in range(-(-wanted // len(members)))]
+        order = torch.cat([place.permutation(len(members)) for place in rounds])[:wanted]
+        chosen.append(members[order].reshape(factor**2, problem.ipc))
+    # [factor^2, k * ipc]: the patch is the outer index, as it is when they are decoded.
+    index = torch.cat(chosen, 1)
+    if factor == 1:
+        return problem.real.images[index[0]].clone()
+    h, w = problem.real.shape[1:]
+    images = problem.real.images.new_empty(index.shape[1], *problem.real.shape)
+    for place, (rows, columns) in enumerate(MultiFormation(factor).patches(h, w)):
+        size = (rows.stop - rows.start, columns.stop - columns.start)
+        shrunk = F.interpolate(problem.real.images[index[place]], size=size, mode="area")
+        images[:, :, rows, columns] = shrunk
+    return images
+
+
+def decoded(images: torch.Tensor, factor: int) -> torch.Tensor:
+    """What [k, n, c, h, w] stored images of each class decode to, [k, factor^2 * n, c, h, w]."""
+    k, n = images.shape[:2]
+    shown = MultiFormation(factor).images({"images": images.flatten(0, 1)})
+    by_patch = shown.reshape(factor**2, k, n, *images.shape[2:])
+    return by_patch.transpose(0, 1).reshape(k, factor**2 * n, *images.shape[2:])
+
+
+def in_range(images: torch.Tensor, space: Space) -> torch.Tensor:
+    """The nearest images whose pixels lie in [0, 1]; as they are in a space whose pixels are not known exactly."""
+    if not getattr(space, "invertible", True):
+        return images
+    pixels = space.to_pixels(images)
+    clamped = pixels.clamp(0, 1)
+    # An image that lies within already keeps its bits, which the way to pixels and back would change.
+    within = (pixels == clamped).flatten(1).all(1)[:, None, None, None]
+    return torch.where(within, images, space.from_pixels(clamped))
