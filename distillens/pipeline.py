@@ -115,7 +115,7 @@ def order(
     """
     at_least(1, name, ipc=ipc)
     defaults = distillers.room.find(name).defaults(real.train, ipc)
-    return Order(name, override(defaults, settings), ipc, replicate, seed)
+    return Order(name, override(defaults, settings, like=real.train), ipc, replicate, seed)
 
 
 def distill(
@@ -558,7 +558,7 @@ def ask(
     if "nets" in settings_of(analysis) and max(map(len, gathered.distilled.values())) == 1:
         analysis = replace(analysis, nets=5)  # of one set nothing but training can be repeated
     opened = session(real, store, engine=engine, address=address)
-    return _answer(override(analysis, settings), gathered, real, opened, seed, tell)
+    return _answer(override(analysis, settings, like=real.train), gathered, real, opened, seed, tell)
 
 
 def _answer(

@@ -100,14 +100,14 @@ class Study:
     def questions(self, ipc: int) -> list[Any]:
         """The analyses to ask at a size, the evaluation first."""
         accuracy = replace(Accuracy.defaults(self.real.train), protocol=protocols.find(self.protocol))
-        asked: list[Any] = [override(accuracy, self.settings_for("accuracy"))]
+        asked: list[Any] = [override(accuracy, self.settings_for("accuracy"), like=self.real.train)]
         for name in analyses.room.names():
             analysis: Any = analyses.room.find(name).defaults(self.real.train)
             if name == "pointwise/leave_one_out":
                 whole = self.preset.whole is None or ipc in self.preset.whole
                 only = () if whole else self.methods[:1]
                 analysis = replace(analysis, inits=self.preset.inits, only=only)
-            asked.append(override(analysis, self.settings_for(name)))
+            asked.append(override(analysis, self.settings_for(name), like=self.real.train))
         return asked
 
     def request(self) -> dict[str, Any]:
