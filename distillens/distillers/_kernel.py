@@ -71,4 +71,4 @@ def flops_a_pass(net: Net, like: Like) -> float:
     counter: FlopCounterMode = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         net.logits(params, buffers, torch.zeros(1, *like.shape))
-    return float(counter.get_total_flops())
+    return max(1.0, float(counter.get_total_flops()))

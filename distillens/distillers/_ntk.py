@@ -13,7 +13,7 @@ Kernel = Literal["fc", "conv"]
 # The variances of weights (2) and biases (0.1 ** 2) in NTK parametrisation: a layer is
 # sqrt(2 / fan-in) W x + 0.1 b with W and b standard normal, all of them trained.
 WEIGHT, BIAS = 2.0, 0.01
-# Tensors of one number a pair, layer (and pixel) that autograd keeps: counted, with one for the sums.
+# Tensors of one number a pair, layer (and pixel): up to 9 that autograd keeps (counted), and those of the moment.
 KEPT = 12
 
 
@@ -66,7 +66,7 @@ def moments(
     if same is not None:
         ends = ends | same
     inner = torch.where(ends, 0.0, cosine)
-    angle = torch.where(ends, torch.where(cosine > 0, 0.0, math.pi), inner.arccos())
+    angle = torch.where(ends & (cosine < 0), math.pi, torch.where(ends, 0.0, inner.arccos()))
     sine = torch.where(ends, 0.0, (1 - inner.square()).sqrt())
     return (scale * sine + (math.pi - angle) * c) / (2 * math.pi), (math.pi - angle) / (2 * math.pi)
 
