@@ -20,15 +20,16 @@ KEPT = 12
 def ntk(x: torch.Tensor, z: torch.Tensor | None, depth: int, kernel: Kernel) -> torch.Tensor:
     """The kernel [n, n'] between images [n, c, h, w] and [n', c, h, w], or of images with themselves (None).
 
-    ``fc`` flattens the image and has ``depth`` hidden layers of ReLU units; at depth 0 it is linear. ``conv`` has ``depth``
-    layers of 3 x 3 convolution, padded with zeros, and ReLU, then a linear layer on the flattened rest: without pooling
-    a pixel meets only itself in the other image, which makes the kernel exact with one number a pair and pixel.
+    ``fc`` flattens the image and has ``depth`` hidden layers of ReLU units; at depth 0 it is linear. ``conv`` has
+    ``depth`` layers of 3 x 3 convolution, padded with zeros, and ReLU, then a linear layer on the flattened rest:
+    without pooling a pixel meets only itself in the other image, which makes the kernel exact with one number a pair
+    and pixel.
 
     Where two images are the same the kernel has a kink (its slope is one of a distance). On the diagonal of images with
     themselves it is smooth, and taken so: both arguments move together. Elsewhere such a pair passes on the middle
     of its slopes.
 
-    Source: Jacot et al. 2018; Cho & Saul 2009 (``moments``); Arora et al. 2019, section 4.2 (convolutions). Nguyen et al.
+    Source: Jacot et al. 2018; Cho & Saul 2009 (``moments``); Arora et al. 2019 (convolutions). Nguyen et al.
     2021 take both from neural_tangents with these variances.
     """
     a = _squares(x, kernel)

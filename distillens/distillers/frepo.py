@@ -46,13 +46,14 @@ class FRePo:
     to a tenth along a cosine.
 
     A step draws one network of the ``pool``; afterwards the network takes one step of Adam on the set (half the
-    squared error, at most ``batch_train`` images), or, once it has the age ``max_age``, is made anew. The first networks
-    are all fresh, but count as of ages spread over [0, max_age), so that they do not end together. ``batch_real`` is
-    real images a class. With ``flip`` the regression sees every image mirrored as well.
+    squared error, at most ``batch_train`` images), or, once it has the age ``max_age``, is made anew. The first
+    networks are all fresh, but count as of ages spread over [0, max_age), so that they do not end together.
+    ``batch_real`` is real images a class. With ``flip`` the regression sees every image mirrored as well.
 
-    Source: Zhou et al. 2022, equations 3 to 5, algorithm 1; ``lib/datadistillation/frepo.py``. Where we differ: the network is
+    Source: Zhou et al. 2022; ``lib/datadistillation/frepo.py``. Where we differ: the network is
     the field's ConvNet with its own norm (theirs has widths 128, 256, 512 and batch norm before the convolutions); real
-    batches are balanced over the classes; the solve is in float64; a network ends at ``max_age``, theirs an update later.
+    batches are balanced over the classes; the solve is in float64; a network ends at ``max_age``, theirs an update
+    later.
     """
 
     paper: ClassVar[str] = "Zhou et al. 2022"
@@ -89,7 +90,7 @@ class FRePo:
 
     @classmethod
     def defaults(cls, like: Dataset, ipc: int) -> FRePo:
-        """The authors' values; no flips of grey images, which are digits and clothes. On digits' scale few, larger steps."""
+        """The authors' values, without flips of grey images; on digits' scale few, larger steps."""
         net = ConvNet.defaults(like)
         if small(like):
             quick = cls(steps=300, lr=0.01, lr_net=0.003, batch_real=32, flip=False, net=net)
@@ -213,7 +214,7 @@ class FRePo:
         return problem.real.k * min(self.batch_real, min(map(len, problem.by_class)))
 
     def work(self, problem: Problem) -> float:
-        """A forward of the real batch, forward and backward of the set, a training step, and the solve there and back."""
+        """The real batch forward, the set there and back, a training step, the solve there and back."""
         n, trained = self._shown(problem), min(self.batch_train, problem.real.k * problem.ipc)
         solve = 3.0 * n**3 / flops_a_pass(self.net, problem.real)
         return self.steps * (self._real_images(problem) + 3.0 * n + 2.93 * trained + solve)

@@ -35,18 +35,19 @@ LAYER = 100.0  # floating-point operations of one pair (and pixel) in a layer, a
 class KIP:
     """Ridge regression on the set, with the kernel of an infinitely wide network, is made to fit the real images.
 
-    loss = mean over real images t of 1/2 || y_t - K_ts (K_ss + lambda I)^-1 y_s ||^2, lambda = ridge trace(K_ss) / n, with
-    labels y that are centred one-hot. Nothing is trained: the gradient goes through kernel and solve, in float64. The
-    log says how well the regression does on the step's real images.
+    loss = mean over real images t of 1/2 || y_t - K_ts (K_ss + lambda I)^-1 y_s ||^2, lambda = ridge trace(K_ss) / n,
+    with labels y that are centred one-hot. Nothing is trained: the gradient goes through kernel and solve, in float64.
+    The log says how well the regression does on the step's real images.
 
-    ``labels``: ``fixed``; ``learned`` by the same Adam as the pixels; or ``solved`` at the end, once the images stand: those
-    that minimise the loss on all real images (label solve; with ``steps=0`` it is that method, on real images).
-    ``batch_real`` is real images a class. ``kernel`` and ``depth`` are the network's (``_ntk.ntk``): ``fc`` or ``conv``,
-    the latter without pooling.
+    ``labels``: ``fixed``; ``learned`` by the same Adam as the pixels; or ``solved`` at the end, once the images stand:
+    those that minimise the loss on all real images (label solve; with ``steps=0`` it is that method, on real images).
+    ``batch_real`` is real images a class. ``kernel`` and ``depth`` are the network's (``_ntk.ntk``): ``fc`` or
+    ``conv``, the latter without pooling.
 
-    Source: Nguyen et al. 2021a, equations 4 and 7, algorithm 1; ``KIP.ipynb`` (NTK parametrisation, weight variance 2,
-    bias variance 0.01). Where we differ: the loss is the sum over classes, where theirs is the mean (Adam hardly sees
-    a factor); real images pass by in pieces, so memory does not grow with the batch.
+    Source: Nguyen et al. 2021a (KIP, label solve), 2021b (learned labels, convolutions); ``KIP.ipynb`` (NTK
+    parametrisation, weight variance 2, bias variance 0.01). Where we differ: the loss is the sum over classes, where
+    theirs is the mean (Adam hardly sees a factor); real images pass by in pieces, so memory does not grow with the
+    batch.
     """
 
     paper: ClassVar[str] = "Nguyen et al. 2021"
@@ -75,7 +76,7 @@ class KIP:
 
     @classmethod
     def defaults(cls, like: Dataset, ipc: int) -> KIP:
-        """The authors' notebook's values; on digits' scale few small steps with learned labels, which suit networks better."""
+        """The authors' notebook's values; on digits' scale few small steps with learned labels."""
         if small(like):
             return cls(steps=50, lr_img=0.02, labels="learned")
         return cls(batch_real=max(1, 5000 // like.k))
@@ -165,7 +166,7 @@ class KIP:
         return image[0].numel() if self.kernel == "conv" else 1
 
     def work(self, problem: Problem) -> float:
-        """Kernel and solve, there and back, by floating-point operations: passes of the field's network for such images."""
+        """Kernel and solve, there and back, by operations, in passes of the field's network for such images."""
         n = problem.real.k * problem.ipc
         b = problem.real.k * min(self.batch_real, min(map(len, problem.by_class)))
         image = problem.real.images[0]

@@ -1,4 +1,4 @@
-"""KIP and FRePo against slow twins and closed forms. The twins take values of ours (draws, fresh parameters), no rules."""
+"""KIP and FRePo against slow twins and closed forms. The twins take values of ours (draws), no rules."""
 
 from __future__ import annotations
 
