@@ -138,7 +138,7 @@ class Distiller(Protocol):
     """
 
     paper: ClassVar[str]  # who published it
-    family: ClassVar[str]  # gradient | distribution | trajectory | unrolled | coreset
+    family: ClassVar[str]  # gradient | distribution | trajectory | unrolled | kernel | coreset
     selects: ClassVar[bool]  # whether the points are real images, chosen
     soft_labels: ClassVar[bool]
     learns_lr: ClassVar[bool]

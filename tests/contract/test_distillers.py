@@ -35,7 +35,7 @@ from distillens.runs import Runs
 
 IPC = 2
 STEPS = 3
-FAMILIES = {"gradient", "distribution", "trajectory", "unrolled", "coreset"}
+FAMILIES = {"gradient", "distribution", "trajectory", "unrolled", "kernel", "coreset"}
 
 # What makes any method quick, where it has such a setting; each change must fit those before it. A new method adds
 # its own loops here.
@@ -58,6 +58,8 @@ TINY = {
     "first_max_start_epoch": "1",
     "max_start_epoch": "2",
     "threshold": "1e9",  # no step is skipped
+    "pool": "2",
+    "max_age": "2",
     "n_bases": "4",
     "downsample": "2",
     "n_nets": "2",
