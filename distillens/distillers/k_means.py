@@ -41,7 +41,8 @@ def clusters(features: torch.Tensor, count: int, key: Key) -> torch.Tensor:
     # Threads would add up in another order: other last bits, now and then another cluster.
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different images than clusters
-        found = Lloyd(count, init="k-means++", n_init=1, random_state=seed).fit(features.cpu().numpy())
+        rule = Lloyd(count, init="k-means++", n_init=1, tol=0.0, random_state=seed)
+        found = rule.fit(features.cpu().numpy())
     return torch.from_numpy(found.cluster_centers_).to(features)
 
 
