@@ -24,6 +24,9 @@ from distillens.train import Observe, Population, Training
 Score = Callable[[Params, Buffers, torch.Tensor, torch.Tensor], torch.Tensor]  # images, classes [b] -> [b]
 Rank = Literal["hard", "easy", "middle"]
 
+# Of Paul et al. and of Toneva et al. alike, while their rates are constant.
+AUTHORS = Recipe(batch=128, lr=0.1, weight_decay=5e-4, augment="crop_flip")
+
 
 @dataclass(frozen=True)
 class Coreset(ABC):
@@ -134,10 +137,7 @@ class Embedded(Coreset):
         largest = max(map(len, problem.by_class))
         if self.embedding == "pixels":
             return 2.0 * largest * math.prod(problem.real.shape) * 8
-        one = cost.cost(self.net, problem.real)
-        # A hidden layer is no larger than what a graph would keep of an image, which is in 4 bytes.
-        passing = min(largest, together(problem.real)) * one.first / 3
-        return passing + 2 * largest * _width(self.net, problem.real) * 8
+        return passing(self.net, problem.real, largest) + 2 * largest * _width(self.net, problem.real) * 8
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class Scored(Coreset):
     nets: int = 10
     order: Rank = "hard"
     net: Net = field(default_factory=ConvNet)
-    recipe: Recipe = Recipe(steps=7820, batch=128, lr=0.1, weight_decay=5e-4, augment="crop_flip")
+    recipe: Recipe = AUTHORS.but(steps=7820)
 
     def __post_init__(self) -> None:
         at_least(1, self.name, nets=self.nets)
@@ -172,7 +172,7 @@ class Scored(Coreset):
 
     def pass_steps(self, data: Dataset) -> int:
         """Training steps in a pass over the data."""
-        return math.ceil(len(data) / (self.recipe.batch or len(data)))
+        return lasting(self.recipe, 1, data).steps
 
     def needs(self, problem: Problem) -> Mapping[str, Any]:
         """Networks trained on the real data, with the classes that they predict for it after every pass."""
@@ -218,12 +218,13 @@ class Scored(Coreset):
 def short_log(like: Dataset) -> dict[str, Any]:
     """Settings of a short training: Paul et al.'s; on digits' scale fewer networks and passes."""
     if small(like):
-        return {"nets": 5, "recipe": Recipe(steps=10 * math.ceil(len(like) / 64), batch=64)}
-    steps = 20 * math.ceil(len(like) / 128)
-    return {
-        "nets": 10,
-        "recipe": Recipe(steps=steps, batch=128, lr=0.1, weight_decay=5e-4, augment="crop_flip"),
-    }
+        return {"nets": 5, "recipe": lasting(Recipe(batch=64), 10, like)}
+    return {"nets": 10, "recipe": lasting(AUTHORS, 20, like)}
+
+
+def lasting(recipe: Recipe, passes: int, data: Dataset) -> Recipe:
+    """The recipe over so many passes over the data."""
+    return recipe.but(steps=passes * math.ceil(len(data) / (recipe.batch or len(data))))
 
 
 def ranked(scores: torch.Tensor, members: torch.Tensor, order: Rank, key: Key) -> torch.Tensor:
@@ -248,6 +249,14 @@ def model(population: Population, j: int) -> tuple[Params, Buffers]:
 def together(like: Dataset) -> int:
     """How many images go through a network at a time."""
     return max(1, AT_ONCE // (like.shape[1] * like.shape[2]))
+
+
+def passing(net: Net, like: Dataset, images: int) -> float:
+    """Bytes while so many images go through a network, some at a time, without a graph.
+
+    Plain kernels hold the largest layer three times (before and after the norm, and rectified): about what a graph would keep.
+    """
+    return min(images, together(like)) * cost.cost(net, like).first
 
 
 def _width(net: Net, like: Dataset) -> int:

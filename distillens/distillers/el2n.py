@@ -8,17 +8,16 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from distillens import cost
 from distillens.core.contracts import Buffers, Params, Problem
-from distillens.distillers._coreset import Scored, together
+from distillens.distillers._coreset import Scored, passing, together
 
 
 @dataclass(frozen=True)
 class EL2N(Scored):
     """The score of an image is E ||softmax(f(x)) - y||_2 over networks after a short training.
 
-    As published the largest are kept, which prunes large sets with little loss. At a few images a class these are the
-    images that teach least: ``order=easy`` is the better choice there.
+    As published the largest are kept, which prunes large sets with little loss. At a few images a class these teach
+    less than random ones; the smallest teach more at one image a class, but are too much alike at ten.
 
     Source: Paul et al. 2021, definition 2.3; ten networks after 20 passes. Where we differ: images of each class are
     ranked apart, so that classes stay balanced; the network is the field's ConvNet.
@@ -41,8 +40,7 @@ class EL2N(Scored):
 
     def memory(self, problem: Problem) -> float:
         """Images that pass through a network without a graph."""
-        passing = min(len(problem.real), together(problem.real))
-        return passing * cost.cost(self.net, problem.real).first / 3
+        return passing(self.net, problem.real, len(problem.real))
 
 
 def lengths(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -11,8 +10,7 @@ import torch
 from distillens.core.checks import UserError
 from distillens.core.contracts import Problem
 from distillens.core.dataset import Dataset
-from distillens.core.recipe import Recipe
-from distillens.distillers._coreset import Scored, short_log
+from distillens.distillers._coreset import AUTHORS, Scored, lasting, short_log
 from distillens.distillers._pixels import small
 from distillens.nets.convnet import ConvNet
 from distillens.train import Population
@@ -25,9 +23,9 @@ class Forgetting(Scored):
     What a network never has right counts as forgotten without end: it comes before all that are learned, and the more
     networks never learn it, the earlier. Counts are means over the networks.
 
-    Source: Toneva et al. 2019, algorithm 1. Where we differ: all images are looked at after each pass, as DeepCore's
-    code could do; the authors look at an image whenever it is in a batch, before the step. Images of each class are
-    ranked apart, so that classes stay balanced.
+    Source: Toneva et al. 2019, algorithm 1. Where we differ: all images are looked at after each pass; the
+    authors look at an image whenever it is in a batch, before the step. Images of each class are ranked apart, so that
+    classes stay balanced.
     """
 
     paper: ClassVar[str] = "Toneva et al. 2019"
@@ -38,12 +36,8 @@ class Forgetting(Scored):
         net = ConvNet.defaults(like)
         if small(like):
             return cls(net=net, **short_log(like))
-        steps = 200 * math.ceil(len(like) / 128)
-        # The authors' rate goes down by a fifth at three epochs; a cosine is the nearest schedule there is.
-        recipe = Recipe(
-            steps=steps, batch=128, lr=0.1, weight_decay=5e-4, schedule="cosine", augment="crop_flip"
-        )
-        return cls(nets=1, net=net, recipe=recipe)
+        # The authors' rate falls to a fifth at three epochs; a cosine is the nearest schedule there is.
+        return cls(nets=1, net=net, recipe=lasting(AUTHORS, 200, like).but(schedule="cosine"))
 
     def scores(self, problem: Problem) -> torch.Tensor:
         """The mean number [n] of times that an image is forgotten.

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from distillens import cost
 from distillens.core.checks import one_of
 from distillens.core.contracts import Buffers, Net, Params, Problem
-from distillens.distillers._coreset import Scored, together
+from distillens.distillers._coreset import Scored, passing, together
 
 GRADIENTS = 256 << 20  # bytes of single images' gradients and graphs that are held together
 
@@ -25,9 +25,8 @@ class GraNd(Scored):
     ``recipe.steps=0`` takes networks at initialisation.
 
     Source: Paul et al. 2021, definition 2.1. DeepCore's code takes the last layer. Where we differ: by default the
-    networks are those of ``el2n``, after a short training, where the score says more than at initialisation
-    (figure 2 there; Kirsch 2023 could not confirm what is said of the initialisation); images of each class are
-    ranked apart, so that classes stay balanced.
+    networks are those of ``el2n``, after a short training: Kirsch 2023 could not confirm what the paper found at
+    initialisation. Images of each class are ranked apart, so that classes stay balanced.
     """
 
     paper: ClassVar[str] = "Paul et al. 2021"
@@ -67,7 +66,7 @@ class GraNd(Scored):
         """Gradients of a few images, or images that pass through without a graph."""
         n = len(problem.real)
         if self.parameters == "last_layer":
-            return min(n, together(problem.real)) * cost.cost(self.net, problem.real).first / 3
+            return passing(self.net, problem.real, n)
         each = self._each(problem)
         return min(n, max(1.0, GRADIENTS // each)) * each
 
