@@ -22,6 +22,11 @@ _KNOWN = {
     "rat_bptt": "#7B1E3A",
     "kip": "#1B7837",
     "frepo": "#E6550D",
+    "k_center": "#C9A227",
+    "k_means": "#8FBC94",
+    "el2n": "#4F6D7A",
+    "grand": "#9DB4C0",
+    "forgetting": "#C08497",
 }
 _OTHERS = ("#E7298A", "#1F9E9E", "#3B528B", "#B5A000", "#A0522D", "#5E8C31")
 

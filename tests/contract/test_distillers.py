@@ -63,6 +63,7 @@ TINY = {
     "n_bases": "4",
     "downsample": "2",
     "n_nets": "2",
+    "nets": "2",
     "per_step": "1",
     "distill_epochs": "2",
     "redraw": "2",
@@ -487,9 +488,19 @@ def test_what_selects_gives_different_real_images_of_the_right_class(
     data = real(channels).train
     method = tiny(name, data, ipc)
     problem = problem_of(method, data, ipc)
-    done = method.finish(problem, method.start(problem)).dataset()
+    made = method.finish(problem, method.start(problem))
+    done = made.dataset()
     assert origins(done.images, data) == done.labels.hard().tolist()
     assert len(torch.unique(done.images.flatten(1), dim=0)) == 3 * ipc
+    assert made.chosen is not None and made.chosen.device.type == "cpu"
+    assert torch.equal(done.images, data.images[made.chosen])
+    assert torch.equal(done.labels.hard(), data.labels.hard()[made.chosen])
+    assert len(set(made.chosen.tolist())) == 3 * ipc
+
+
+@that_learn
+def test_what_learns_its_images_chooses_none(name: str) -> None:
+    assert whole(name, 1)[-1].chosen is None
 
 
 def scarce() -> Dataset:
