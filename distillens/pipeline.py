@@ -23,7 +23,7 @@ from distillens.core.dataset import Dataset, Splits
 from distillens.core.result import Result
 from distillens.core.rng import Key
 from distillens.core.storage import held, read_json, write_json
-from distillens.data import load, sources
+from distillens.data import in_space, load, sources
 from distillens.engine.cluster import Cluster
 from distillens.engine.plan import Plan, Precision, cores
 from distillens.engine.workers import Engine
@@ -122,6 +122,7 @@ def distill(
     method: str,
     data: Splits | str = "digits",
     *,
+    space: str = "standardised",
     ipc: int = 1,
     seed: int = 0,
     replicate: int = 0,
@@ -138,7 +139,7 @@ def distill(
     tell: Tell = silent,
     announce: Callable[[str], None] | None = None,
 ) -> DistilledDataset:
-    """Distil a dataset with one method.
+    """Distil a dataset with one method, in a space of its own choice (``data.in_space``): the set stays in it.
 
     ``threads`` are part of what settles the last bits: what is fastest here where none are named. ``precision`` is
     float32, float64 or bfloat16 (``Plan``). What the
@@ -156,7 +157,8 @@ def distill(
     Raises:
         UserError: a name, a setting, the data or the folder does not fit, or the memory does not suffice.
     """
-    real = (load(data) if isinstance(data, str) else data).to(check_device(device))
+    real = load(data, space=space) if isinstance(data, str) else in_space(data, space)
+    real = real.to(check_device(device))
     wanted = order(method, real, ipc, settings=settings, seed=seed, replicate=replicate)
     if experts is not None:
         if not wanted.distiller.needs_experts:
@@ -190,7 +192,7 @@ def make(
         check_fits(wanted.name, wanted.distiller, bare)
     with held(to) if to is not None else nullcontext():
         if to is not None:
-            claim(to, provenance.to_json(), force=force)
+            claim(to, request(provenance, real), force=force)
             if (to / "provenance.json").is_file():
                 return DistilledDataset.load(to)
         if announce is not None and wanted.distiller.steps:
@@ -336,6 +338,11 @@ def _resume(path: Path) -> tuple[State, int, dict[str, list[float]]]:
     return state, int(saved.values["step"]), logs
 
 
+def request(provenance: Provenance, real: Splits) -> dict[str, Any]:
+    """What the folder of one set is locked to: its provenance, and the space by name, for whoever asks for another."""
+    return {**provenance.to_json(), "space": real.space.name}
+
+
 def claim(folder: Path, request: Mapping[str, Any], *, force: bool = False) -> None:
     """Take a run folder for a request, or recognise the one it was made for.
 
@@ -364,7 +371,8 @@ def claim(folder: Path, request: Mapping[str, Any], *, force: bool = False) -> N
 def _difference(before: Any, now: Any, place: str = "") -> str:
     """The first place where two JSON values differ, in words."""
     if isinstance(before, dict) and isinstance(now, dict):
-        for name in sorted({*before, *now}):
+        # Fingerprints last: whatever else differs says more.
+        for name in sorted({*before, *now}, key=lambda name: (name.endswith("fingerprint"), name)):
             if before.get(name) != now.get(name):
                 return _difference(before.get(name), now.get(name), f"{place}.{name}" if place else name)
     return f"{place} {before!r} there, {now!r} asked for"
@@ -486,6 +494,17 @@ def gather(sets: Mapping[str, Given], initial: Mapping[str, Given] | None = None
     )
 
 
+def beside(sets: Sets, data: Splits | str) -> Splits:
+    """Real data in the space of the sets, through the very matrix that they carry.
+
+    Raises:
+        UserError: there is no such data, the sets do not belong to it, or it cannot be brought out of its space.
+    """
+    real = load(data) if isinstance(data, str) else data
+    sets.check_fits(real)
+    return real.to_space(sets.space)
+
+
 def with_baselines(sets: Sets, real: Splits, runs: Runs, *, seed: int = 0, tell: Tell = silent) -> Sets:
     """The sets beside random subsets and herding of their size, one a replicate."""
     first = next(iter(sets.distilled.values()))
@@ -523,14 +542,18 @@ def evaluate(
 ) -> Result:
     """Train fresh networks on each set; a random subset, herding and the full data stand beside it.
 
-    ``nets`` networks look at each set. With one set a name the interval covers training only. ``engine`` and
-    ``address`` are those of ``session``.
+    All of them are in the space that the sets are in. ``nets`` networks look at each set. With one set a name the
+    interval covers training only. ``engine`` and ``address`` are those of ``session``.
+
+    Raises:
+        UserError: the sets do not belong to the data, or are in several spaces.
     """
-    real = load(data) if isinstance(data, str) else data
+    gathered = gather(sets, initial)
+    real = beside(gathered, data)
     chosen = replace(protocols.find(protocol), nets=nets)
     analysis = replace(Accuracy.defaults(real.train), protocol=chosen, **({"net": net} if net else {}))
     opened = session(real, store, engine=engine, address=address)
-    return _answer(analysis, gather(sets, initial), real, opened, seed, tell)
+    return _answer(analysis, gathered, real, opened, seed, tell)
 
 
 def ask(
@@ -552,8 +575,8 @@ def ask(
     Raises:
         UserError: the analysis or a setting is unknown, or the sets do not belong to the data.
     """
-    real = load(data) if isinstance(data, str) else data
     gathered = gather(sets)
+    real = beside(gathered, data)
     analysis: Any = analyses.room.find(name).defaults(real.train)
     if "nets" in settings_of(analysis) and max(map(len, gathered.distilled.values())) == 1:
         analysis = replace(analysis, nets=5)  # of one set nothing but training can be repeated
@@ -571,13 +594,13 @@ def _answer(
 ) -> Result:
     sets.check_against(real)
     with opened as runs:
-        beside = with_baselines(sets, real, runs, seed=seed, tell=tell)
+        everything = with_baselines(sets, real, runs, seed=seed, tell=tell)
         key = analysis_key(seed)
         runs.make(
-            analysis.trainings(beside, real, key=key),
+            analysis.trainings(everything, real, key=key),
             report=lambda done, total: tell("training models", done, total),
         )
-        result: Result = analysis(beside, real, runs, key=key)
+        result: Result = analysis(everything, real, runs, key=key)
     return result
 
 

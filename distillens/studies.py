@@ -115,6 +115,7 @@ class Study:
         return {
             "data": self.real.source,
             "data_fingerprint": self.real.fingerprint,
+            "space": self.real.space.name,
             "methods": [describe(one.distiller) | {"name": one.name, "ipc": one.ipc} for one in self.orders],
             "replicates": self.replicates,
             "questions": {str(ipc): [describe(one) for one in self.questions(ipc)] for ipc in self.ipc},
@@ -127,7 +128,7 @@ class Study:
         """The command that makes this study again (the folder is the caller's)."""
         parts = [
             "distillens study",
-            f"--data {self.real.source}",
+            *_data(self.real),
             f"--methods {','.join(self.methods)}",
             f"--ipc {','.join(map(str, self.ipc))}",
             f"--replicates {self.replicates}",
@@ -138,6 +139,12 @@ class Study:
             *(f"--set {setting}" for setting in self.settings),
         ]
         return " ".join(parts)
+
+
+def _data(real: Splits) -> list[str]:
+    """The options that load this data again."""
+    space = real.space.name
+    return [f"--data {real.source}", *([] if space == "standardised" else [f"--space {space}"])]
 
 
 def design(
@@ -364,7 +371,7 @@ def _distil(wanted: Study, to: Path, runs: Runs, tell: Tell) -> None:
     jobs: list[tuple[Distiller, Problem, Provenance, Path]] = []
     for one, given in zip(missing, inputs, strict=True):
         provenance = one.provenance(wanted.real, runs.plan)
-        claim(to / folder_of(one), provenance.to_json())
+        claim(to / folder_of(one), pipeline.request(provenance, wanted.real))
         jobs.append((one.distiller, one.problem(wanted.real.train, given), provenance, to / folder_of(one)))
     # Long jobs first: the workers end together.
     jobs.sort(key=lambda job: -job[0].work(job[1]))
@@ -453,6 +460,7 @@ def _about(wanted: Study, cost: Forecast, everything: Mapping[int, Sets]) -> dic
             "train": len(real.train),
             "val": len(real.val),
             "test": len(real.test),
+            "space": real.space.name,
             "shape": list(real.train.shape),
             "fingerprint": real.fingerprint,
         },
@@ -471,7 +479,9 @@ def _about(wanted: Study, cost: Forecast, everything: Mapping[int, Sets]) -> dic
                 "family": type(one.distiller).family,
                 "command": " ".join(
                     [
-                        f"distillens distill {one.name} --data {real.source} --ipc {one.ipc}",
+                        f"distillens distill {one.name}",
+                        *_data(real),
+                        f"--ipc {one.ipc}",
                         f"--seed {one.seed} --replicate {one.replicate}",
                         *(f"--set {setting}" for setting in wanted.settings_for(one.name)),
                         *wanted.plan.wish(),

@@ -50,6 +50,8 @@ SPACES: dict[str, Space] = {
     "pixel": Pixel(),
     "standardised": Standardised((0.5,), (0.25,)),
     "zca": Zca.fit(KEY.fold("real").uniform(40, *SHAPE)),
+    "zca-kip": Zca.fit(KEY.fold("real").uniform(40, *SHAPE), "kip"),
+    "zca-frepo": Zca.fit(KEY.fold("real").uniform(40, *SHAPE), "frepo"),
 }
 ORDER = Order(torch.tensor([[0, 5], [2, -1], [4, 1]]), torch.tensor([0.1, 0.2, 0.4]))
 CHOSEN = torch.tensor([7, 0, 300, 12, 5, 7])
@@ -462,13 +464,26 @@ def test_a_tampered_description_is_refused(saved: Path, path: tuple[Any, ...], v
         DistilledDataset.load(saved)
 
 
-@pytest.mark.parametrize("name", ["space.mean", "space.matrix", "space.inverse"])
+@pytest.mark.parametrize("name", ["space.mean", "space.scale", "space.triangle"])
 def test_a_tampered_whitening_is_refused(saved: Path, name: str) -> None:
     def change(tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
         tensors[name].view(-1)[0] += 1
 
     edit(saved, change)
     with pytest.raises(UserError, match="a whitening matrix differs from the one that was recorded"):
+        DistilledDataset.load(saved)
+
+
+def test_a_whitening_of_an_earlier_version_is_refused(saved: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
+        d = len(tensors["space.mean"])
+        del tensors["space.triangle"]
+        tensors |= {"space.matrix": torch.eye(d), "space.inverse": torch.eye(d)}
+
+    edit(saved, change)
+    with pytest.raises(
+        UserError, match="a whitened set of an earlier version stores another matrix; make it again"
+    ):
         DistilledDataset.load(saved)
 
 
@@ -534,7 +549,7 @@ def test_missing_data_is_named(saved: Path) -> None:
         DistilledDataset.load(saved)
 
 
-@pytest.mark.parametrize("name", ["stored.images", "labels.views", "order.lr", "space.inverse"])
+@pytest.mark.parametrize("name", ["stored.images", "labels.views", "order.lr", "space.triangle"])
 def test_a_set_with_a_tensor_missing_is_refused(saved: Path, name: str) -> None:
     def change(tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
         del tensors[name]
