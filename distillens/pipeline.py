@@ -2,47 +2,40 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 import distillens
 from distillens import analyses, distillers, formats, nets
 from distillens.core.artefact import DistilledDataset, Provenance
-from distillens.core.checks import DivergedError, UserError, at_least, one_of, unknown
+from distillens.core.checks import DivergedError, UserError, at_least, unknown
 from distillens.core.config import describe, override, restore, settings_of
 from distillens.core.contracts import Analysis, Distiller, Problem, Sets, State
 from distillens.core.dataset import Dataset, Splits
 from distillens.core.result import Result
 from distillens.core.rng import Key
-from distillens.core.storage import held, read_json, write_json
+from distillens.core.storage import held, write_json
 from distillens.data import in_space, load, sources
-from distillens.engine.cluster import Cluster
-from distillens.engine.plan import Plan, Precision, cores
-from distillens.engine.workers import Engine
+from distillens.engine.plan import Plan, Precision
 from distillens.evaluation import protocol as protocols
 from distillens.evaluation.accuracy import Accuracy
 from distillens.experts import Experts, Trajectories
+from distillens.folders import claim, remove
 from distillens.forecast import check_fits, outlook
-from distillens.nets import default_net
 from distillens.report import write
 from distillens.runs import Runs
+from distillens.sessions import check_device, chosen_plan, recorded_plan, session
 from distillens.train import Training
-from distillens.tuning import plan_for
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 CHECKPOINT = "checkpoint.safetensors"
 CHECKPOINT_SECONDS = 10.0
-FINISHED = ("report.html", "provenance.json")  # a study's or a set's last file
 Tell = Callable[[str, int, int], None]  # (what is being done, done, of how many)
 Given = DistilledDataset | Sequence[DistilledDataset]
 
@@ -170,7 +163,7 @@ def distill(
     with session(real, store or own, plan=plan, device=device, engine=engine, address=address) as runs:
         done = make(wanted, real, runs, to, force=force, tell=tell, announce=announce)
     if own is not None:
-        _remove(own)
+        remove(own)
     return done
 
 
@@ -341,144 +334,6 @@ def _resume(path: Path) -> tuple[State, int, dict[str, list[float]]]:
 def request(provenance: Provenance, real: Splits) -> dict[str, Any]:
     """What the folder of one set is locked to: its provenance, and the space by name, for whoever asks for another."""
     return {**provenance.to_json(), "space": real.space.name}
-
-
-def claim(folder: Path, request: Mapping[str, Any], *, force: bool = False) -> None:
-    """Take a run folder for a request, or recognise the one it was made for.
-
-    Raises:
-        UserError: the folder holds something else; the message names what differs.
-    """
-    note = folder / "request.json"
-    if note.is_file() and not force:
-        before = read_json(note)
-        if before != request:
-            raise UserError(
-                f"{folder} was made with other settings",
-                got=_difference(before, dict(request)),
-                fix="choose another folder with --to, or redo it with --force",
-            )
-        return
-    if folder.is_dir() and not note.is_file() and any(folder.iterdir()):
-        raise UserError(
-            f"{folder} holds files that are not a run of distillens", fix="choose another with --to"
-        )
-    if force and note.is_file():
-        _empty(folder)
-    write_json(note, request)
-
-
-def _difference(before: Any, now: Any, place: str = "") -> str:
-    """The first place where two JSON values differ, in words."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        # Fingerprints last: whatever else differs says more.
-        for name in sorted({*before, *now}, key=lambda name: (name.endswith("fingerprint"), name)):
-            if before.get(name) != now.get(name):
-                return _difference(before.get(name), now.get(name), f"{place}.{name}" if place else name)
-    return f"{place} {before!r} there, {now!r} asked for"
-
-
-def _empty(folder: Path) -> None:
-    """Remove a run's own files: what says that it is finished first of all, the request last.
-
-    Whoever is interrupted in between has an unfinished run, which goes on.
-    """
-    for item in sorted(
-        folder.iterdir(), key=lambda path: (path.name not in FINISHED, path.name == "request.json")
-    ):
-        _remove(item)
-
-
-def _remove(item: Path) -> None:
-    if item.is_dir():
-        shutil.rmtree(item)
-    else:
-        item.unlink(missing_ok=True)
-
-
-def check_device(name: str) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        UserError: there is no such device here.
-    """
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        has = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        raise UserError(f"there is no device {name!r} here", expected=", ".join(has)) from error
-    return device
-
-
-def check_engine(engine: str, address: str | None) -> None:
-    """Refuse an engine that there is not, and an address that it has no use for.
-
-    Raises:
-        UserError: either is so.
-    """
-    one_of("engine", engine, ("processes", "ray"))
-    if address is not None and engine != "ray":
-        raise UserError(f"{engine} have no address", got=address, fix="add --engine ray for a cluster")
-
-
-def chosen_plan(
-    real: Splits, *, jobs: int = 1, precision: Precision | None = None, threads: int | None = None
-) -> Plan:
-    """The plan of this machine for such data, ``jobs`` at a time or of so many threads; float32 unless told otherwise."""
-    net = default_net(real.train)
-    return plan_for(real.train, net, jobs=jobs, precision=precision or "float32", threads=threads)
-
-
-def recorded_plan(folder: Path | None, force: bool, precision: Precision | None) -> Plan | None:
-    """The plan that a run folder was begun with, which goes on with it; None where it is begun now.
-
-    A plan of another precision than the one asked for is none: the folder will be refused for that reason.
-    """
-    note = None if folder is None or force else folder / "request.json"
-    if note is None or not note.is_file():
-        return None
-    try:
-        plan: Plan = restore(read_json(note)["plan"])
-    except (UserError, LookupError, TypeError):
-        return None  # whatever else it is, ``claim`` says so
-    return plan if precision in (None, plan.precision) else None
-
-
-def workers_for(plan: Plan, device: str) -> int:
-    """As many workers as the cores carry; one for an accelerator."""
-    return max(1, cores() // plan.threads) if torch.device(device).type == "cpu" else 1
-
-
-@contextmanager
-def session(
-    real: Splits,
-    store: Path | None = None,
-    *,
-    plan: Plan | None = None,
-    workers: int | None = None,
-    device: str = "cpu",
-    engine: str = "processes",
-    address: str | None = None,
-) -> Iterator[Runs]:
-    """A store of runs with an engine that fits the data and the machine; ends its workers on the way out.
-
-    The engine is ``processes`` of this machine, or ``ray``: the cluster at ``address``, one of this machine alone
-    without (``Cluster``). On an accelerator each job of a cluster has one for itself.
-    The plan holds for this process too meanwhile: threads, kernels and precision are part of what settles the last bits.
-    """
-    plan = plan or chosen_plan(real, jobs=cores())
-    check_engine(engine, address)
-    with plan.pinned(), _runner(plan, workers, device, engine, address) as runner:
-        yield Runs(plan, runner, store)
-
-
-def _runner(
-    plan: Plan, workers: int | None, device: str, engine: str, address: str | None
-) -> Engine | Cluster:
-    if engine == "ray":
-        return Cluster(workers, plan.threads, 0.0 if torch.device(device).type == "cpu" else 1.0, address)
-    return Engine(workers or workers_for(plan, device), plan.threads)
 
 
 def gather(sets: Mapping[str, Given], initial: Mapping[str, Given] | None = None) -> Sets:

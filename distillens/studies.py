@@ -22,19 +22,19 @@ from distillens.engine.plan import Plan, Precision, cores
 from distillens.evaluation import protocol as protocols
 from distillens.evaluation.accuracy import Accuracy
 from distillens.experts import Experts
+from distillens.folders import claim
 from distillens.pipeline import (
     Made,
     Order,
     Tell,
     analysis_key,
     carry_out,
-    claim,
     inputs_of,
-    session,
     silent,
     versions,
 )
 from distillens.runs import Runs
+from distillens.sessions import check_device, check_engine, chosen_plan, recorded_plan, session, workers_for
 from distillens.train import Training, chunks
 
 METHODS = ("dm", "dc", "mtt", "bptt")
@@ -193,7 +193,7 @@ def design(
         seed,
         protocol,
         tuple(settings),
-        plan or pipeline.chosen_plan(real, jobs=cores(), precision=precision),
+        plan or chosen_plan(real, jobs=cores(), precision=precision),
     )
     for size in study.ipc:
         study.questions(size)
@@ -312,17 +312,17 @@ def study(
 ) -> Path:
     """Do a whole study in the folder ``to``; the path of its report. ``wishes`` are those of ``design``.
 
-    ``engine`` and ``address`` are those of ``pipeline.session``; they are no part of what the folder is locked to.
+    ``engine`` and ``address`` are those of ``sessions.session``; they are no part of what the folder is locked to.
 
     An interrupted study goes on where it stopped and ends in the same bytes; a finished one does nothing.
 
     Raises:
         UserError: a wish does not fit, or the folder was made with others.
     """
-    pipeline.check_engine(engine, address)
-    wishes["plan"] = pipeline.recorded_plan(to, force, wishes.get("precision"))
-    wanted = design(real.to(pipeline.check_device(device)), **wishes)
-    carried = pipeline.workers_for(wanted.plan, device)
+    check_engine(engine, address)
+    wishes["plan"] = recorded_plan(to, force, wishes.get("precision"))
+    wanted = design(real.to(check_device(device)), **wishes)
+    carried = workers_for(wanted.plan, device)
     page = to / "report.html"
     if force or not page.is_file():
         # Before the folder is taken: what is refused is asked for again with other settings.
@@ -443,7 +443,7 @@ def _about(wanted: Study, cost: Forecast, everything: Mapping[int, Sets]) -> dic
     real = wanted.real
 
     # A study shares the cores out; the command of one set would take them all, and end in other last bits.
-    alone = pipeline.chosen_plan(real, precision=wanted.plan.precision).threads
+    alone = chosen_plan(real, precision=wanted.plan.precision).threads
     threads = [] if wanted.plan.threads == alone else [f"--threads {wanted.plan.threads}"]
 
     def storage(one: Order) -> dict[str, Any]:
