@@ -64,6 +64,7 @@ TINY = {
     "per_step": "1",
     "distill_epochs": "2",
     "redraw": "2",
+    "num_freqs": "8",
     "recipe.steps": "4",
     "augment": "color_crop_cutout_flip_scale_rotate",
 }
