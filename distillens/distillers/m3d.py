@@ -89,10 +89,10 @@ class M3D:
 
     @classmethod
     def defaults(cls, like: Dataset, ipc: int) -> M3D:
-        """The values above; on digits' scale fewer steps and no augmentation."""
+        """The values above; on digits' scale fewer steps, no augmentation, and whole images (patches are 4 x 4)."""
         net = ConvNet.defaults(like)
         if small(like):
-            return cls(steps=300, lr_img=0.1 * ipc, batch_real=64, augment="", redraw=1, net=net)
+            return cls(steps=300, lr_img=0.1 * ipc, batch_real=64, augment="", redraw=1, factor=1, net=net)
         return cls(lr_img=float(ipc), net=net)
 
     def needs(self, problem: Problem) -> Mapping[str, Any]:

@@ -139,7 +139,7 @@ class NCFM:
 
     @classmethod
     def defaults(cls, like: Dataset, ipc: int) -> NCFM:
-        """The authors' values, networks trained for 60 passes; on digits' scale a short version."""
+        """The authors' values, networks trained for 60 passes; on digits' scale a short version of whole images."""
         net = ConvNet.defaults(like)
         if small(like):
             return cls(
@@ -147,6 +147,7 @@ class NCFM:
                 num_freqs=256,
                 lr_img=0.01,
                 batch_real=64,
+                factor=1,
                 augment="",
                 n_nets=5,
                 recipe=Recipe(steps=100, batch=256, cutmix=0.5),
