@@ -20,6 +20,8 @@ _KNOWN = {
     "wang2018": "#56B4E9",
     "rtp": "#8C6BB1",
     "rat_bptt": "#7B1E3A",
+    "m3d": "#2F4B9C",
+    "ncfm": "#17799C",
 }
 _OTHERS = ("#E7298A", "#1F9E9E", "#3B528B", "#B5A000", "#A0522D", "#5E8C31")
 
