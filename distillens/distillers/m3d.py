@@ -55,9 +55,9 @@ class M3D:
     The estimate of MMD^2 is the biased one, as in the authors' code: all pairs count, each image's with itself too.
     The unbiased one has no value for a single image.
 
-    Source: Zhang et al. 2024, equation 8; ``condense_m3d.py``, ``m3dloss.py`` and IDC's code below them. The values of
-    ``steps``, ``redraw``, ``lr_img`` (1 for each image a class) and ``batch_real`` are those of a published program
-    built on it. Where we differ: one step for the sum over classes, where theirs steps the whole tensor class by
+    Source: Zhang et al. 2024; ``condense_m3d.py``, ``m3dloss.py`` and IDC's code below them, as a public copy has them.
+    Their settings files were not to be had: ``steps``, ``redraw``, ``lr_img`` (1 for each image a class) and
+    ``batch_real`` are those of a published program built on theirs. Where we differ: one step for the sum over classes, where theirs steps the whole tensor class by
     class; pixels are cut to [0, 1] after every step, the last too; noise is standard normal in the data's space.
     """
 
@@ -92,7 +92,8 @@ class M3D:
         """The values above; on digits' scale fewer steps, no augmentation, and whole images (patches are 4 x 4)."""
         net = ConvNet.defaults(like)
         if small(like):
-            return cls(steps=300, lr_img=0.1 * ipc, batch_real=64, augment="", redraw=1, factor=1, net=net)
+            lr = 0.03 if ipc == 1 else 0.1 * ipc
+            return cls(steps=300, lr_img=lr, batch_real=64, augment="", redraw=1, factor=1, net=net)
         return cls(lr_img=float(ipc), net=net)
 
     def needs(self, problem: Problem) -> Mapping[str, Any]:

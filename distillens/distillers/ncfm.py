@@ -75,11 +75,11 @@ class NCFM:
     image moves then depends on how many classes there are, and in the authors' program on how many devices share them.
     ``summed`` (the default) makes one step for the sum; an image moves about sqrt(2 k) times less a step.
 
-    Source: Wang et al. 2025, equations 4 to 6; ``NCFM.py``, ``Condenser.py``, ``compute_loss.py``. Where we differ:
+    Source: Wang et al. 2025; ``NCFM.py``, ``Condenser.py``, ``compute_loss.py``. Where we differ:
     real batches are drawn anew (their loader gives the first 1,024 images every time) and gradients are those of the
     present pixels (theirs are up to ten steps old); all classes share a step's frequencies; the sampler gives each
-    frequency a scale of its own (theirs had 4 different frequencies) and learns by Adam; networks train at a constant
-    rate; pixels are cut to [0, 1] after every step, the last too; noise is standard normal in the data's space.
+    frequency scales of its own (theirs had 4 different frequencies) and climbs by Adam, once a step; networks train at a
+    constant rate; pixels are cut to [0, 1] after every step, the last too; noise is standard normal in the data's space.
     """
 
     paper: ClassVar[str] = "Wang et al. 2025"
@@ -340,7 +340,7 @@ def characteristic(features: torch.Tensor, frequencies: torch.Tensor) -> torch.T
 
 
 def distance(real: torch.Tensor, distilled: torch.Tensor, amplitude: float = 0.5) -> torch.Tensor:
-    """The distance [m] of characteristic functions [m, 2, f], averaged over frequencies (equation 5).
+    """The distance [m] of characteristic functions [m, 2, f], averaged over frequencies.
 
     Equal ones have the distance 0 and no gradient.
     """
