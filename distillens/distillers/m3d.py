@@ -57,8 +57,9 @@ class M3D:
 
     Source: Zhang et al. 2024; ``condense_m3d.py``, ``m3dloss.py`` and IDC's code below them, as a public copy has them.
     Their settings files were not to be had: ``steps``, ``redraw``, ``lr_img`` (1 for each image a class) and
-    ``batch_real`` are those of a published program built on theirs. Where we differ: one step for the sum over classes, where theirs steps the whole tensor class by
-    class; pixels are cut to [0, 1] after every step, the last too; noise is standard normal in the data's space.
+    ``batch_real`` are those of a published program built on theirs. Where we differ: one step for the sum over classes,
+    where theirs steps the whole tensor class by class; pixels are cut to [0, 1] after every step, the last too; noise
+    is standard normal in the data's space.
     """
 
     paper: ClassVar[str] = "Zhang et al. 2024"
