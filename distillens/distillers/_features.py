@@ -1,4 +1,4 @@
-"""What methods share that compare features of real and distilled images: a view of them, class by class, and pixel steps."""
+"""What methods share that compare features of real and distilled images: views, slopes by class, steps in pixels."""
 
 from __future__ import annotations
 

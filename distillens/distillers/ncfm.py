@@ -78,8 +78,9 @@ class NCFM:
     Source: Wang et al. 2025; ``NCFM.py``, ``Condenser.py``, ``compute_loss.py``. Where we differ:
     real batches are drawn anew (their loader gives the first 1,024 images every time) and gradients are those of the
     present pixels (theirs are up to ten steps old); all classes share a step's frequencies; the sampler gives each
-    frequency scales of its own (theirs had 4 different frequencies) and climbs by Adam, once a step; networks train at a
-    constant rate; pixels are cut to [0, 1] after every step, the last too; noise is standard normal in the data's space.
+    frequency scales of its own (theirs had 4 different frequencies) and climbs by Adam, once a step; networks train
+    at a constant rate; pixels are cut to [0, 1] after every step, the last too; noise is standard normal in the data's
+    space.
     """
 
     paper: ClassVar[str] = "Wang et al. 2025"
@@ -145,12 +146,12 @@ class NCFM:
             return cls(
                 steps=300,
                 num_freqs=256,
-                lr_img=0.01,
+                lr_img=0.02 if ipc == 1 else 0.01,
                 batch_real=64,
                 factor=1,
                 augment="",
                 n_nets=5,
-                recipe=Recipe(steps=100, batch=256, cutmix=0.5),
+                recipe=Recipe(steps=50, batch=256, cutmix=0.5),
                 net=net,
             )
         published = cls(net=net)
@@ -378,7 +379,7 @@ def fresh_sampler(width: int, key: Key) -> torch.Tensor:
 
 
 def sampled(sampler: torch.Tensor, latent: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Frequencies [f, d]: normal numbers [f, d], each row on scales of its own, that the sampler makes of ``latent``."""
+    """Frequencies [f, d]: normal numbers, each row on scales of its own, which the sampler makes of ``latent``."""
     p = _shapes(noise.shape[1]).unflatten(sampler)
     hidden = F.leaky_relu(F.linear(latent, p["hidden.weight"], p["hidden.bias"]), LEAK)
     return noise * F.linear(hidden, p["scale.weight"], p["scale.bias"]).tanh().exp()
