@@ -27,6 +27,8 @@ _KNOWN = {
     "el2n": "#4F6D7A",
     "grand": "#9DB4C0",
     "forgetting": "#C08497",
+    "m3d": "#2F4B9C",
+    "ncfm": "#17799C",
 }
 _OTHERS = ("#E7298A", "#1F9E9E", "#3B528B", "#B5A000", "#A0522D", "#5E8C31")
 
