@@ -50,7 +50,7 @@ def judged(points: DistilledDataset, real: Splits, plan: Plan, key: Key, steps: 
         points.dataset(), default_net(real.train), Recipe(steps=steps, lr=0.01, momentum=0.9), (key,)
     )
     population = train(training, plan)
-    with replace(plan, precision="float32").pinned():
+    with plan.pinned():
         return float(population.accuracy(real.val)[0])
 
 

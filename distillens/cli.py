@@ -47,7 +47,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to 
 Force = Annotated[bool, typer.Option("--force", help="Do it again, over what is there.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1.")]
 PrecisionOption = Annotated[
-    str | None, typer.Option("--precision", help="float32 (default), float64, or bfloat16 for convolutions.")
+    str | None,
+    typer.Option(
+        "--precision",
+        help="Of training: float32, float64, or bfloat16 (convolutions). Chosen where not given.",
+    ),
 ]
 EngineOption = Annotated[
     str, typer.Option("--engine", help="processes of this machine, or ray for a cluster.")

@@ -135,8 +135,8 @@ def distill(
     """Distil a dataset with one method, in a space of its own choice (``data.in_space``): the set stays in it.
 
     ``threads`` are part of what settles the last bits: what is fastest here where none are named. ``precision`` is
-    float32, float64 or bfloat16 (``Plan``). What the
-    method starts from is trained into ``store`` and stays there for the next one (experts serve all methods that
+    that of training (``Plan``): float32, float64 or bfloat16; where none is named, what ``tuning.plan_for`` takes. What
+    the method starts from is trained into ``store`` and stays there for the next one (experts serve all methods that
     follow them); without one it is thrown away at the end. ``experts`` is a folder of imported ones to follow instead.
     ``engine`` and ``address`` (``session``) say where that is trained: a distillation itself is a chain of steps, and
     runs here. ``announce`` is told what it will cost, before it runs.

@@ -49,9 +49,9 @@ def check_engine(engine: str, address: str | None) -> None:
 def chosen_plan(
     real: Splits, *, jobs: int = 1, precision: Precision | None = None, threads: int | None = None
 ) -> Plan:
-    """The plan of this machine for such data, ``jobs`` at a time or of so many threads; float32 unless told otherwise."""
+    """The plan of this machine for such data (``tuning.plan_for``), ``jobs`` at a time or of so many threads."""
     net = default_net(real.train)
-    return plan_for(real.train, net, jobs=jobs, precision=precision or "float32", threads=threads)
+    return plan_for(real.train, net, jobs=jobs, precision=precision, threads=threads)
 
 
 def recorded_plan(folder: Path | None, force: bool, precision: Precision | None) -> Plan | None:

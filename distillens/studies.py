@@ -36,6 +36,7 @@ from distillens.pipeline import (
 from distillens.runs import Runs
 from distillens.sessions import check_device, check_engine, chosen_plan, recorded_plan, session, workers_for
 from distillens.train import Training, chunks
+from distillens.tuning import wish
 
 METHODS = ("dm", "dc", "mtt", "bptt")
 BASELINES = ("random_subset", "herding")
@@ -135,7 +136,7 @@ class Study:
             f"--preset {self.preset.name}",
             f"--protocol {self.protocol}",
             f"--seed {self.seed}",
-            *self.plan.wish(),
+            *wish(self.plan, self.real.train),
             *(f"--set {setting}" for setting in self.settings),
         ]
         return " ".join(parts)
@@ -484,7 +485,7 @@ def _about(wanted: Study, cost: Forecast, everything: Mapping[int, Sets]) -> dic
                         f"--ipc {one.ipc}",
                         f"--seed {one.seed} --replicate {one.replicate}",
                         *(f"--set {setting}" for setting in wanted.settings_for(one.name)),
-                        *wanted.plan.wish(),
+                        *wish(wanted.plan, real.train),
                         *threads,
                     ]
                 ),

@@ -279,7 +279,7 @@ def train(training: Training, plan: Plan, progress: Progress | None = None) -> P
 
 def train_chunk(training: Training, plan: Plan, progress: Progress | None = None) -> Population:
     """Train the models of one chunk together, with the threads, kernels and precision of the plan."""
-    with plan.pinned():
+    with plan.training():
         return _train_chunk(training, plan, progress)
 
 
@@ -304,8 +304,9 @@ def _train_chunk(training: Training, plan: Plan, progress: Progress | None) -> P
             kept[step] = flat.clone()
         if training.observe is not None and step in training.observe.moments:
             now = Population(training.net, shapes, flat, (), flat[:, None], buffers=buffers)
-            for name, watched in training.observe.data.items():
-                seen[name].append(now.predictions(watched).to(torch.int16))
+            with plan.pinned():
+                for name, watched in training.observe.data.items():
+                    seen[name].append(now.predictions(watched).to(torch.int16))
 
     def slope(at: torch.Tensor, step: int) -> tuple[torch.Tensor, Buffers]:
         """The gradient [m, P] of each model's own mean loss at the parameters ``at``, and the new buffers."""

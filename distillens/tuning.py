@@ -32,20 +32,51 @@ STACKS = (1, 2, 4, 8, 16, 32)
 STACK_PIXELS = 1 << 16  # of a model's step: more fill the caches alone, and a stack of them only takes memory
 ENOUGH = 1.05  # a smaller stack is taken unless a larger is faster by more
 BUDGET = 0.4  # seconds for one candidate
+GAIN = 1.2  # times as fast as float32, or bfloat16 is not taken unasked
+SHOWN = 32  # the longest side of images on which bfloat16 is shown to train as well (docs/engine.md)
 
 
 def plan_for(
-    like: Dataset, net: Net, *, jobs: int = 1, precision: Precision = "float32", threads: int | None = None
+    like: Dataset,
+    net: Net,
+    *,
+    jobs: int = 1,
+    precision: Precision | None = None,
+    threads: int | None = None,
 ) -> Plan:
     """The fastest plan for training such networks on such images, ``jobs`` at a time, or with so many ``threads`` each.
 
     Measured for a number of threads: kernels, and models in a stack at 10 and at 100 images a step; then the threads of
-    one job alone. Precision is never measured: it is asked for.
+    one job alone. Where no precision is asked for it is float32, or bfloat16 if ``may_round`` says so and it is
+    clearly faster here.
     """
+    if precision is None and may_round(like):
+        exact, rounded = (_fastest(like, net, jobs, each, threads) for each in ("float32", "bfloat16"))
+        return rounded[0] if GAIN * rounded[1] < exact[1] else exact[0]
+    plan, _ = _fastest(like, net, jobs, precision or "float32", threads)
+    return plan if like.device.type == "cpu" else replace(plan, kernels="plain")
+
+
+def may_round(like: Dataset) -> bool:
+    """Whether training on such images may be in bfloat16 unasked: on a CPU, where it is shown to train as well.
+
+    Not on the smallest, where convolutions are too little of the work for it to gain.
+    """
+    h, w = like.shape[1:]
+    return like.device.type == "cpu" and max(h, w) <= SHOWN and h * w > 256
+
+
+def wish(plan: Plan, like: Dataset) -> list[str]:
+    """The option of a command on such images that asks for this plan's precision; none where it is taken unasked."""
+    return [] if plan.precision == "float32" and not may_round(like) else [f"--precision {plan.precision}"]
+
+
+def _fastest(
+    like: Dataset, net: Net, jobs: int, precision: Precision, threads: int | None
+) -> tuple[Plan, float]:
     most = threads or Plan.resolve(like, jobs).threads
     measured = [_measured(_Asked(like, net, n, precision)) for n in sorted({threads or 1, most})]
-    plan, _ = min(measured, key=lambda one: one[1])
-    return plan if like.device.type == "cpu" else replace(plan, kernels="plain")
+    return min(measured, key=lambda one: one[1])
 
 
 class _Asked:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -29,7 +29,7 @@ class Plan:
     work starts, so that neither the number of workers nor an interruption changes a single bit.
 
     ``precision`` is that of training. In bfloat16 the products of convolutions are rounded to it; parameters, sums,
-    norms and optimisers stay in float32. ``targets`` is the precision of what real data is only looked at for (the
+    norms and optimisers stay in float32, and so does all that distils or predicts. ``targets`` is the precision of what real data is only looked at for (the
     features that DM matches, the gradients that DC matches). ``kernels`` are compiled ones (fused) or PyTorch's.
     """
 
@@ -59,13 +59,16 @@ class Plan:
             return 1
         return max(1, min(self.chunk, self.images // max(batch, 1)))
 
-    def wish(self) -> list[str]:
-        """The option of a command that asks for this plan's precision; none for the default."""
-        return [] if self.precision == "float32" else [f"--precision {self.precision}"]
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """As ``pinned``, with products rounded as far as ``precision`` says: while networks are trained."""
+        products = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+        with self.pinned(), kernels.using(replace(kernels.current(), products=products)):
+            yield
 
     @contextmanager
     def pinned(self) -> Iterator[None]:
-        """Threads, kernels and precision of this process as the plan says, for a while.
+        """Threads, kernels and the precision of targets in this process as the plan says, for a while.
 
         Raises:
             UserError: the plan is another machine's: its kernels cannot be had here.
@@ -76,9 +79,8 @@ class Plan:
                 got="no C++ compiler that makes them here",
                 fix="install one (g++ or clang), or start the work again in another folder",
             )
-        products = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
-        targets = torch.bfloat16 if self.targets == "bfloat16" else products
-        with pinned_threads(self.threads), kernels.using(kernels.Setting(self.kernels, products, targets)):
+        targets = torch.bfloat16 if self.targets == "bfloat16" else torch.float32
+        with pinned_threads(self.threads), kernels.using(kernels.Setting(self.kernels, targets=targets)):
             yield
 
     @staticmethod

@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from distillens import tuning
+from distillens import kernels, tuning
 from distillens.core.checks import UserError
 from distillens.core.dataset import Dataset
 from distillens.core.rng import Key
@@ -153,11 +154,50 @@ def test_a_number_of_threads_has_one_plan_however_it_was_come_by(
     assert asked == []
 
 
-def test_precision_is_asked_for_and_never_measured(small: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float64"])
+def test_the_precision_that_is_asked_for_is_taken(
+    precision: str, large: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = clock(monkeypatch, lambda plan, batch, models: 1.0)
-    plan = tuning.plan_for(small, NET, precision="bfloat16")
-    assert {one.precision for one in asked} == {"bfloat16"} == {plan.precision}
+    plan = tuning.plan_for(large, NET, precision=precision)
+    assert {one.precision for one in asked} == {precision} == {plan.precision}
     assert plan.targets == "float32"
+    assert tuning.wish(plan, large) == [f"--precision {precision}"]
+
+
+@pytest.mark.parametrize(("gain", "taken"), [(1.1, "float32"), (1.3, "bfloat16")])
+def test_unasked_bfloat16_is_taken_only_where_it_is_clearly_faster(
+    gain: float, taken: str, large: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock(
+        monkeypatch,
+        lambda plan, batch, models: models / (gain if plan.precision == "bfloat16" else 1),
+    )
+    assert tuning.plan_for(large, NET).precision == taken
+
+
+@pytest.mark.parametrize("side", [8, 16, 40, 64])
+def test_on_images_where_it_gains_nothing_or_is_not_shown_bfloat16_is_never_taken_unasked(
+    side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = planted(Key(1), shape=(1, side, side), per_class=4).train
+    asked = clock(monkeypatch, lambda plan, batch, models: 0.01 if plan.precision == "bfloat16" else 1.0)
+    plan = tuning.plan_for(data, NET)
+    assert {one.precision for one in asked} == {"float32"} == {plan.precision}
+    assert tuning.wish(plan, data) == []
+    assert tuning.wish(replace(plan, precision="bfloat16"), data) == ["--precision bfloat16"]
+
+
+def test_only_training_is_rounded() -> None:
+    plan = Plan(precision="bfloat16", targets="bfloat16")
+    with plan.training():
+        assert kernels.current().products == torch.bfloat16
+        with plan.pinned():
+            assert kernels.current().products == torch.float32
+            with kernels.for_targets():
+                assert kernels.current().products == torch.bfloat16
+        assert kernels.current().products == torch.bfloat16
+    assert kernels.current().products == torch.float32
 
 
 def test_a_plan_of_compiled_kernels_is_refused_where_there_is_no_compiler(
