@@ -24,7 +24,7 @@ from distillens.core.checks import UserError
 from distillens.core.config import describe, override, restore, settings_of
 from distillens.core.contracts import Distiller, Log, Problem, State
 from distillens.core.dataset import Dataset, Splits
-from distillens.core.decode import Pixels
+from distillens.core.decode import MultiFormation, Pixels
 from distillens.core.rng import Key
 from distillens.core.space import same_space
 from distillens.core.storage import fingerprint, read_json
@@ -64,6 +64,8 @@ TINY = {
     "per_step": "1",
     "distill_epochs": "2",
     "redraw": "2",
+    "n_data": "8",
+    "early": "1",
     "recipe.steps": "4",
     "augment": "color_crop_cutout_flip_scale_rotate",
 }
@@ -432,17 +434,22 @@ def test_the_set_is_worth_ipc_images_a_class_class_by_class(name: str, channels:
 
 
 def check_size(method: Distiller, problem: Problem, states: list[State]) -> None:
-    """Images are worth no more numbers than ``ipc`` plain ones a class; each class has as many, one after another."""
+    """Images are worth no more numbers than ``ipc`` plain ones a class; each class has as many.
+
+    What is stored is class by class, and so are the images where each is stored as one.
+    """
     begun, done = method.finish(problem, states[0]), method.finish(problem, states[-1])
     plain = 3 * problem.ipc * math.prod(problem.real.shape)
     assert 0 < sum(tensor.numel() for tensor in done.stored.values()) <= plain
-    each, rest = divmod(len(done.dataset()), 3)
-    assert rest == 0 and each >= 1
-    by_class = [c for c in range(3) for _ in range(each)]
+    points, rest = divmod(len(done), 3)
+    assert rest == 0 and points >= 1
+    by_class = (done.decode.origin(done.stored) // points).tolist()
+    assert len(set(map(by_class.count, range(3)))) == 1
     assert begun.dataset().labels.hard().tolist() == by_class
     if not method.soft_labels:  # labels that are learned may come to favour another class
         assert done.dataset().labels.hard().tolist() == by_class
     if isinstance(done.decode, Pixels):
+        assert by_class == sorted(by_class)
         assert len(done) == len(done.dataset()) == 3 * problem.ipc
         assert done.ipc == problem.ipc
 
@@ -502,11 +509,11 @@ def starts_from_real(name: str) -> bool:
 
 
 def takes_real_images(name: str) -> bool:
-    """Whether the set begins as real images, each as it is: then a class must have enough of them."""
+    """Whether each stored image begins as real ones of its own: then a class must have enough of them."""
     data = real().train
     method = tiny(name, data, init="real")
     problem = problem_of(method, data)
-    return isinstance(method.finish(problem, method.start(problem)).decode, Pixels)
+    return isinstance(method.finish(problem, method.start(problem)).decode, (Pixels, MultiFormation))
 
 
 @pytest.mark.parametrize("name", [n for n in names if starts_from_real(n)])
