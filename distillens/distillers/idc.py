@@ -107,6 +107,8 @@ class IDC:
         at_least(1, "idc", batch_real=self.batch_real, batch_syn_max=self.batch_syn_max)
         at_least(1, "idc", base=self.base)
         positive("idc", lr_img=self.lr_img)
+        if self.momentum >= 1:
+            raise UserError("idc: momentum must be below 1", got=f"{self.momentum!r}")
         one_of("metric", self.metric, METRICS)
         one_of("layers", self.layers, DIMENSIONS)
         one_of("stepping", self.stepping, ("class", "sum"))
@@ -232,8 +234,7 @@ class IDC:
         way = [sum(self.momentum**j for j in range(1, t + 1)) for t in turns.tolist()]
         each = len(images) // len(turns)
         scale, distance = (
-            torch.tensor(numbers).to(images).repeat_interleave(each)[:, None, None, None]
-            for numbers in (left, way)
+            images.new_tensor(numbers).repeat_interleave(each)[:, None, None, None] for numbers in (left, way)
         )
         after = {"images": images - rate * distance * velocity, "velocity": scale * velocity}
         return State({**state.tensors, **after}, state.values)
@@ -277,4 +278,5 @@ def per_pixel(gradient: torch.Tensor, space: Space) -> torch.Tensor:
     """
     if not isinstance(space, Standardised):
         return gradient
-    return gradient / torch.tensor(space.std).to(gradient).square()[:, None, None]
+    std = torch.tensor(space.std, dtype=gradient.dtype, device=gradient.device)
+    return gradient / std.square()[:, None, None]
