@@ -66,6 +66,9 @@ TINY = {
     "redraw": "2",
     "n_data": "8",
     "early": "1",
+    "factor": "2",
+    "augment_net": "crop",
+    "cutmix": "0.5",
     "recipe.steps": "4",
     "augment": "color_crop_cutout_flip_scale_rotate",
 }
