@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from distillens.core.dataset import Dataset
@@ -34,12 +34,11 @@ class DSA(Alternating):
         """The authors' loops (the nearest row of their table); on digits' scale a short version of them."""
         net = ConvNet.defaults(like)
         if small(like):
-            augment = "color_crop_cutout_scale_rotate"  # a digit in the mirror is none
+            # A digit in the mirror is none. On validation this equals no augmentation at all (which is ``dc``).
+            plain = cls(lr_img=1.0, batch_real=64, augment="color_crop_cutout_scale_rotate", net=net)
             if ipc == 1:
-                return cls(steps=150, lr_img=1.0, batch_real=64, augment=augment, net=net)
-            return cls(
-                steps=20, outer_loop=5, inner_loop=10, lr_img=1.0, lr_net=0.2, augment=augment, net=net
-            )
+                return replace(plain, steps=150)
+            return replace(plain, steps=20, outer_loop=5, inner_loop=10, lr_net=0.2)
         return cls(**loops(ipc), net=net)
 
     @property
