@@ -29,6 +29,7 @@ from distillens.engine.workers import settle_process
 from distillens.evaluation import protocol as protocols
 from distillens.evaluation.accuracy import Accuracy
 from distillens.nets.convnet import ConvNet
+from distillens.sessions import session
 from distillens.train import networks
 
 RESULTS = Path(__file__).parent / "results"
@@ -46,7 +47,7 @@ def curve(asked: argparse.Namespace) -> None:
     )
     width = settings_of(order.distiller).get("net.width", ConvNet.defaults(real.train).width)
     accuracy = replace(accuracy, net=replace(accuracy.net, width=width))
-    with pipeline.session(real, asked.store, plan=plan, workers=max(1, 2 // plan.threads)) as runs:
+    with session(real, asked.store, plan=plan, workers=max(1, 2 // plan.threads)) as runs:
         made = about(asked, order, accuracy, real, runs)
         problem = order.problem(real.train, pipeline.inputs_of([order], real, runs, tell)[0])
         method, loss = order.distiller, None

@@ -38,7 +38,7 @@ from distillens.core.config import describe
 from distillens.core.storage import read_json, write_json
 from distillens.engine.plan import Plan
 from distillens.engine.workers import pinned_threads, settle_process
-from distillens.pipeline import workers_for
+from distillens.sessions import workers_for
 
 PATH = Path(__file__).parent / "results" / "engine.json"
 SIZE = 2048  # of the matrices whose product is the machine's peak

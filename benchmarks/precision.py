@@ -33,6 +33,7 @@ from distillens.distillers.dm import DM
 from distillens.engine.plan import Plan
 from distillens.engine.workers import settle_process
 from distillens.nets import default_net
+from distillens.sessions import chosen_plan
 from distillens.train import Training, train
 
 PATH = Path(__file__).parent / "results" / "precision.json"
@@ -96,7 +97,7 @@ def verdict(differences: list[float]) -> dict[str, Any]:
 def main(spec: str, question: str, pairs: int, steps: int) -> None:
     settle_process()
     real = load(spec)
-    plan = pipeline.chosen_plan(real)
+    plan = chosen_plan(real)
     saved = read_json(PATH) if PATH.is_file() else {"margin": MARGIN, "rows": []}
     name = {
         "question": question,

@@ -2,6 +2,7 @@
 
     python benchmarks/study.py digits                 # the quick preset, made in runs/digits where it is missing
     python benchmarks/study.py trajectories           # on digits too: the methods that follow or differentiate training
+    python benchmarks/study.py coresets               # on digits too: the methods that choose real images
     python benchmarks/study.py cifar10 runs/cifar10   # from a folder that a study has finished
 
 The JSON is what README and docs quote: docs/render.py writes it into them.
@@ -24,6 +25,8 @@ STUDIES: dict[str, tuple[str, dict[str, Any]]] = {
         "digits",
         {"methods": ("mtt", "tesla", "ftd", "datm", "wang2018", "bptt", "rtp", "rat_bptt")},
     ),
+    # Herding and a random subset stand beside every study.
+    "coresets": ("digits", {"methods": ("k_center", "k_means", "el2n", "grand", "forgetting")}),
 }
 RESULTS = Path(__file__).parent / "results"
 

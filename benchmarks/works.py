@@ -37,8 +37,8 @@ from distillens.engine.workers import Engine
 from distillens.experts import Trajectories
 from distillens.nets import default_net
 from distillens.nets.convnet import ConvNet
-from distillens.pipeline import workers_for
 from distillens.runs import Runs
+from distillens.sessions import workers_for
 from distillens.train import Observe, Training, train_chunk
 from distillens.tuning import plan_for
 

@@ -35,6 +35,10 @@ app = typer.Typer(
 LINE_SECONDS = 15.0
 
 Data = Annotated[str, typer.Option("--data", help="digits, kind:path (parquet:cifar10/), or a path.")]
+Space = Annotated[
+    str,
+    typer.Option("--space", help="standardised, pixel, zca, zca-kip or zca-frepo: the units of all images."),
+]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="NAME=VALUE, repeated: a setting to change.")
 ]
@@ -128,6 +132,7 @@ def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
 @app.command()
 def study(
     data: Data = "digits",
+    space: Space = "standardised",
     to: Annotated[Path, typer.Option("--to", help="The folder of the study.")] = Path("runs/study"),
     methods: Annotated[list[str] | None, typer.Option("--methods", help="Methods: dm,mtt.")] = None,
     ipc: Annotated[list[str] | None, typer.Option("--ipc", help="Images per class: 1,10.")] = None,
@@ -155,7 +160,7 @@ def study(
     wishes: dict[str, Any] = {"methods": _many(methods)} if methods else {}
     with _progress(as_json) as tell:
         page = studies.study(
-            load(data),
+            load(data, space=space),
             to,
             ipc=_sizes(ipc),
             preset=preset,
@@ -183,6 +188,7 @@ def distill(
     method: Annotated[str, typer.Argument(help="A method: distillens list distillers.")],
     to: Annotated[Path, typer.Option("--to", help="The run folder to write.")],
     data: Data = "digits",
+    space: Space = "standardised",
     ipc: Annotated[int, typer.Option("--ipc", help="Images per class.")] = 1,
     settings: Settings = None,
     seed: Seed = 0,
@@ -214,6 +220,7 @@ def distill(
         made = pipeline.distill(
             method,
             data,
+            space=space,
             ipc=ipc,
             seed=seed,
             replicate=replicate,

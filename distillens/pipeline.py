@@ -2,47 +2,40 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 import distillens
 from distillens import analyses, distillers, formats, nets
 from distillens.core.artefact import DistilledDataset, Provenance
-from distillens.core.checks import DivergedError, UserError, at_least, one_of, unknown
+from distillens.core.checks import DivergedError, UserError, at_least, unknown
 from distillens.core.config import describe, override, restore, settings_of
 from distillens.core.contracts import Analysis, Distiller, Problem, Sets, State
 from distillens.core.dataset import Dataset, Splits
 from distillens.core.result import Result
 from distillens.core.rng import Key
-from distillens.core.storage import held, read_json, write_json
-from distillens.data import load, sources
-from distillens.engine.cluster import Cluster
-from distillens.engine.plan import Plan, Precision, cores
-from distillens.engine.workers import Engine
+from distillens.core.storage import held, write_json
+from distillens.data import in_space, load, sources
+from distillens.engine.plan import Plan, Precision
 from distillens.evaluation import protocol as protocols
 from distillens.evaluation.accuracy import Accuracy
 from distillens.experts import Experts, Trajectories
+from distillens.folders import claim, remove
 from distillens.forecast import check_fits, outlook
-from distillens.nets import default_net
 from distillens.report import write
 from distillens.runs import Runs
+from distillens.sessions import check_device, chosen_plan, recorded_plan, session
 from distillens.train import Training
-from distillens.tuning import plan_for
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 CHECKPOINT = "checkpoint.safetensors"
 CHECKPOINT_SECONDS = 10.0
-FINISHED = ("report.html", "provenance.json")  # a study's or a set's last file
 Tell = Callable[[str, int, int], None]  # (what is being done, done, of how many)
 Given = DistilledDataset | Sequence[DistilledDataset]
 
@@ -115,13 +108,14 @@ def order(
     """
     at_least(1, name, ipc=ipc)
     defaults = distillers.room.find(name).defaults(real.train, ipc)
-    return Order(name, override(defaults, settings), ipc, replicate, seed)
+    return Order(name, override(defaults, settings, like=real.train), ipc, replicate, seed)
 
 
 def distill(
     method: str,
     data: Splits | str = "digits",
     *,
+    space: str = "standardised",
     ipc: int = 1,
     seed: int = 0,
     replicate: int = 0,
@@ -138,7 +132,7 @@ def distill(
     tell: Tell = silent,
     announce: Callable[[str], None] | None = None,
 ) -> DistilledDataset:
-    """Distil a dataset with one method.
+    """Distil a dataset with one method, in a space of its own choice (``data.in_space``): the set stays in it.
 
     ``threads`` are part of what settles the last bits: what is fastest here where none are named. ``precision`` is
     float32, float64 or bfloat16 (``Plan``). What the
@@ -156,7 +150,8 @@ def distill(
     Raises:
         UserError: a name, a setting, the data or the folder does not fit, or the memory does not suffice.
     """
-    real = (load(data) if isinstance(data, str) else data).to(check_device(device))
+    real = load(data, space=space) if isinstance(data, str) else in_space(data, space)
+    real = real.to(check_device(device))
     wanted = order(method, real, ipc, settings=settings, seed=seed, replicate=replicate)
     if experts is not None:
         if not wanted.distiller.needs_experts:
@@ -168,7 +163,7 @@ def distill(
     with session(real, store or own, plan=plan, device=device, engine=engine, address=address) as runs:
         done = make(wanted, real, runs, to, force=force, tell=tell, announce=announce)
     if own is not None:
-        _remove(own)
+        remove(own)
     return done
 
 
@@ -190,7 +185,7 @@ def make(
         check_fits(wanted.name, wanted.distiller, bare)
     with held(to) if to is not None else nullcontext():
         if to is not None:
-            claim(to, provenance.to_json(), force=force)
+            claim(to, request(provenance, real), force=force)
             if (to / "provenance.json").is_file():
                 return DistilledDataset.load(to)
         if announce is not None and wanted.distiller.steps:
@@ -336,141 +331,9 @@ def _resume(path: Path) -> tuple[State, int, dict[str, list[float]]]:
     return state, int(saved.values["step"]), logs
 
 
-def claim(folder: Path, request: Mapping[str, Any], *, force: bool = False) -> None:
-    """Take a run folder for a request, or recognise the one it was made for.
-
-    Raises:
-        UserError: the folder holds something else; the message names what differs.
-    """
-    note = folder / "request.json"
-    if note.is_file() and not force:
-        before = read_json(note)
-        if before != request:
-            raise UserError(
-                f"{folder} was made with other settings",
-                got=_difference(before, dict(request)),
-                fix="choose another folder with --to, or redo it with --force",
-            )
-        return
-    if folder.is_dir() and not note.is_file() and any(folder.iterdir()):
-        raise UserError(
-            f"{folder} holds files that are not a run of distillens", fix="choose another with --to"
-        )
-    if force and note.is_file():
-        _empty(folder)
-    write_json(note, request)
-
-
-def _difference(before: Any, now: Any, place: str = "") -> str:
-    """The first place where two JSON values differ, in words."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for name in sorted({*before, *now}):
-            if before.get(name) != now.get(name):
-                return _difference(before.get(name), now.get(name), f"{place}.{name}" if place else name)
-    return f"{place} {before!r} there, {now!r} asked for"
-
-
-def _empty(folder: Path) -> None:
-    """Remove a run's own files: what says that it is finished first of all, the request last.
-
-    Whoever is interrupted in between has an unfinished run, which goes on.
-    """
-    for item in sorted(
-        folder.iterdir(), key=lambda path: (path.name not in FINISHED, path.name == "request.json")
-    ):
-        _remove(item)
-
-
-def _remove(item: Path) -> None:
-    if item.is_dir():
-        shutil.rmtree(item)
-    else:
-        item.unlink(missing_ok=True)
-
-
-def check_device(name: str) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        UserError: there is no such device here.
-    """
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        has = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        raise UserError(f"there is no device {name!r} here", expected=", ".join(has)) from error
-    return device
-
-
-def check_engine(engine: str, address: str | None) -> None:
-    """Refuse an engine that there is not, and an address that it has no use for.
-
-    Raises:
-        UserError: either is so.
-    """
-    one_of("engine", engine, ("processes", "ray"))
-    if address is not None and engine != "ray":
-        raise UserError(f"{engine} have no address", got=address, fix="add --engine ray for a cluster")
-
-
-def chosen_plan(
-    real: Splits, *, jobs: int = 1, precision: Precision | None = None, threads: int | None = None
-) -> Plan:
-    """The plan of this machine for such data, ``jobs`` at a time or of so many threads; float32 unless told otherwise."""
-    net = default_net(real.train)
-    return plan_for(real.train, net, jobs=jobs, precision=precision or "float32", threads=threads)
-
-
-def recorded_plan(folder: Path | None, force: bool, precision: Precision | None) -> Plan | None:
-    """The plan that a run folder was begun with, which goes on with it; None where it is begun now.
-
-    A plan of another precision than the one asked for is none: the folder will be refused for that reason.
-    """
-    note = None if folder is None or force else folder / "request.json"
-    if note is None or not note.is_file():
-        return None
-    try:
-        plan: Plan = restore(read_json(note)["plan"])
-    except (UserError, LookupError, TypeError):
-        return None  # whatever else it is, ``claim`` says so
-    return plan if precision in (None, plan.precision) else None
-
-
-def workers_for(plan: Plan, device: str) -> int:
-    """As many workers as the cores carry; one for an accelerator."""
-    return max(1, cores() // plan.threads) if torch.device(device).type == "cpu" else 1
-
-
-@contextmanager
-def session(
-    real: Splits,
-    store: Path | None = None,
-    *,
-    plan: Plan | None = None,
-    workers: int | None = None,
-    device: str = "cpu",
-    engine: str = "processes",
-    address: str | None = None,
-) -> Iterator[Runs]:
-    """A store of runs with an engine that fits the data and the machine; ends its workers on the way out.
-
-    The engine is ``processes`` of this machine, or ``ray``: the cluster at ``address``, one of this machine alone
-    without (``Cluster``). On an accelerator each job of a cluster has one for itself.
-    The plan holds for this process too meanwhile: threads, kernels and precision are part of what settles the last bits.
-    """
-    plan = plan or chosen_plan(real, jobs=cores())
-    check_engine(engine, address)
-    with plan.pinned(), _runner(plan, workers, device, engine, address) as runner:
-        yield Runs(plan, runner, store)
-
-
-def _runner(
-    plan: Plan, workers: int | None, device: str, engine: str, address: str | None
-) -> Engine | Cluster:
-    if engine == "ray":
-        return Cluster(workers, plan.threads, 0.0 if torch.device(device).type == "cpu" else 1.0, address)
-    return Engine(workers or workers_for(plan, device), plan.threads)
+def request(provenance: Provenance, real: Splits) -> dict[str, Any]:
+    """What the folder of one set is locked to: its provenance, and the space by name, for whoever asks for another."""
+    return {**provenance.to_json(), "space": real.space.name}
 
 
 def gather(sets: Mapping[str, Given], initial: Mapping[str, Given] | None = None) -> Sets:
@@ -484,6 +347,17 @@ def gather(sets: Mapping[str, Given], initial: Mapping[str, Given] | None = None
         {},
         {name: many(given) for name, given in (initial or {}).items()},
     )
+
+
+def beside(sets: Sets, data: Splits | str) -> Splits:
+    """Real data in the space of the sets, through the very matrix that they carry.
+
+    Raises:
+        UserError: there is no such data, the sets do not belong to it, or it cannot be brought out of its space.
+    """
+    real = load(data) if isinstance(data, str) else data
+    sets.check_fits(real)
+    return real.to_space(sets.space)
 
 
 def with_baselines(sets: Sets, real: Splits, runs: Runs, *, seed: int = 0, tell: Tell = silent) -> Sets:
@@ -523,14 +397,18 @@ def evaluate(
 ) -> Result:
     """Train fresh networks on each set; a random subset, herding and the full data stand beside it.
 
-    ``nets`` networks look at each set. With one set a name the interval covers training only. ``engine`` and
-    ``address`` are those of ``session``.
+    All of them are in the space that the sets are in. ``nets`` networks look at each set. With one set a name the
+    interval covers training only. ``engine`` and ``address`` are those of ``session``.
+
+    Raises:
+        UserError: the sets do not belong to the data, or are in several spaces.
     """
-    real = load(data) if isinstance(data, str) else data
+    gathered = gather(sets, initial)
+    real = beside(gathered, data)
     chosen = replace(protocols.find(protocol), nets=nets)
     analysis = replace(Accuracy.defaults(real.train), protocol=chosen, **({"net": net} if net else {}))
     opened = session(real, store, engine=engine, address=address)
-    return _answer(analysis, gather(sets, initial), real, opened, seed, tell)
+    return _answer(analysis, gathered, real, opened, seed, tell)
 
 
 def ask(
@@ -552,13 +430,13 @@ def ask(
     Raises:
         UserError: the analysis or a setting is unknown, or the sets do not belong to the data.
     """
-    real = load(data) if isinstance(data, str) else data
     gathered = gather(sets)
+    real = beside(gathered, data)
     analysis: Any = analyses.room.find(name).defaults(real.train)
     if "nets" in settings_of(analysis) and max(map(len, gathered.distilled.values())) == 1:
         analysis = replace(analysis, nets=5)  # of one set nothing but training can be repeated
     opened = session(real, store, engine=engine, address=address)
-    return _answer(override(analysis, settings), gathered, real, opened, seed, tell)
+    return _answer(override(analysis, settings, like=real.train), gathered, real, opened, seed, tell)
 
 
 def _answer(
@@ -571,13 +449,13 @@ def _answer(
 ) -> Result:
     sets.check_against(real)
     with opened as runs:
-        beside = with_baselines(sets, real, runs, seed=seed, tell=tell)
+        everything = with_baselines(sets, real, runs, seed=seed, tell=tell)
         key = analysis_key(seed)
         runs.make(
-            analysis.trainings(beside, real, key=key),
+            analysis.trainings(everything, real, key=key),
             report=lambda done, total: tell("training models", done, total),
         )
-        result: Result = analysis(beside, real, runs, key=key)
+        result: Result = analysis(everything, real, runs, key=key)
     return result
 
 

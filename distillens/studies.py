@@ -22,19 +22,19 @@ from distillens.engine.plan import Plan, Precision, cores
 from distillens.evaluation import protocol as protocols
 from distillens.evaluation.accuracy import Accuracy
 from distillens.experts import Experts
+from distillens.folders import claim
 from distillens.pipeline import (
     Made,
     Order,
     Tell,
     analysis_key,
     carry_out,
-    claim,
     inputs_of,
-    session,
     silent,
     versions,
 )
 from distillens.runs import Runs
+from distillens.sessions import check_device, check_engine, chosen_plan, recorded_plan, session, workers_for
 from distillens.train import Training, chunks
 
 METHODS = ("dm", "dc", "mtt", "bptt")
@@ -100,14 +100,14 @@ class Study:
     def questions(self, ipc: int) -> list[Any]:
         """The analyses to ask at a size, the evaluation first."""
         accuracy = replace(Accuracy.defaults(self.real.train), protocol=protocols.find(self.protocol))
-        asked: list[Any] = [override(accuracy, self.settings_for("accuracy"))]
+        asked: list[Any] = [override(accuracy, self.settings_for("accuracy"), like=self.real.train)]
         for name in analyses.room.names():
             analysis: Any = analyses.room.find(name).defaults(self.real.train)
             if name == "pointwise/leave_one_out":
                 whole = self.preset.whole is None or ipc in self.preset.whole
                 only = () if whole else self.methods[:1]
                 analysis = replace(analysis, inits=self.preset.inits, only=only)
-            asked.append(override(analysis, self.settings_for(name)))
+            asked.append(override(analysis, self.settings_for(name), like=self.real.train))
         return asked
 
     def request(self) -> dict[str, Any]:
@@ -115,6 +115,7 @@ class Study:
         return {
             "data": self.real.source,
             "data_fingerprint": self.real.fingerprint,
+            "space": self.real.space.name,
             "methods": [describe(one.distiller) | {"name": one.name, "ipc": one.ipc} for one in self.orders],
             "replicates": self.replicates,
             "questions": {str(ipc): [describe(one) for one in self.questions(ipc)] for ipc in self.ipc},
@@ -127,7 +128,7 @@ class Study:
         """The command that makes this study again (the folder is the caller's)."""
         parts = [
             "distillens study",
-            f"--data {self.real.source}",
+            *_data(self.real),
             f"--methods {','.join(self.methods)}",
             f"--ipc {','.join(map(str, self.ipc))}",
             f"--replicates {self.replicates}",
@@ -138,6 +139,12 @@ class Study:
             *(f"--set {setting}" for setting in self.settings),
         ]
         return " ".join(parts)
+
+
+def _data(real: Splits) -> list[str]:
+    """The options that load this data again."""
+    space = real.space.name
+    return [f"--data {real.source}", *([] if space == "standardised" else [f"--space {space}"])]
 
 
 def design(
@@ -186,7 +193,7 @@ def design(
         seed,
         protocol,
         tuple(settings),
-        plan or pipeline.chosen_plan(real, jobs=cores(), precision=precision),
+        plan or chosen_plan(real, jobs=cores(), precision=precision),
     )
     for size in study.ipc:
         study.questions(size)
@@ -305,17 +312,17 @@ def study(
 ) -> Path:
     """Do a whole study in the folder ``to``; the path of its report. ``wishes`` are those of ``design``.
 
-    ``engine`` and ``address`` are those of ``pipeline.session``; they are no part of what the folder is locked to.
+    ``engine`` and ``address`` are those of ``sessions.session``; they are no part of what the folder is locked to.
 
     An interrupted study goes on where it stopped and ends in the same bytes; a finished one does nothing.
 
     Raises:
         UserError: a wish does not fit, or the folder was made with others.
     """
-    pipeline.check_engine(engine, address)
-    wishes["plan"] = pipeline.recorded_plan(to, force, wishes.get("precision"))
-    wanted = design(real.to(pipeline.check_device(device)), **wishes)
-    carried = pipeline.workers_for(wanted.plan, device)
+    check_engine(engine, address)
+    wishes["plan"] = recorded_plan(to, force, wishes.get("precision"))
+    wanted = design(real.to(check_device(device)), **wishes)
+    carried = workers_for(wanted.plan, device)
     page = to / "report.html"
     if force or not page.is_file():
         # Before the folder is taken: what is refused is asked for again with other settings.
@@ -364,7 +371,7 @@ def _distil(wanted: Study, to: Path, runs: Runs, tell: Tell) -> None:
     jobs: list[tuple[Distiller, Problem, Provenance, Path]] = []
     for one, given in zip(missing, inputs, strict=True):
         provenance = one.provenance(wanted.real, runs.plan)
-        claim(to / folder_of(one), provenance.to_json())
+        claim(to / folder_of(one), pipeline.request(provenance, wanted.real))
         jobs.append((one.distiller, one.problem(wanted.real.train, given), provenance, to / folder_of(one)))
     # Long jobs first: the workers end together.
     jobs.sort(key=lambda job: -job[0].work(job[1]))
@@ -436,7 +443,7 @@ def _about(wanted: Study, cost: Forecast, everything: Mapping[int, Sets]) -> dic
     real = wanted.real
 
     # A study shares the cores out; the command of one set would take them all, and end in other last bits.
-    alone = pipeline.chosen_plan(real, precision=wanted.plan.precision).threads
+    alone = chosen_plan(real, precision=wanted.plan.precision).threads
     threads = [] if wanted.plan.threads == alone else [f"--threads {wanted.plan.threads}"]
 
     def storage(one: Order) -> dict[str, Any]:
@@ -453,6 +460,7 @@ def _about(wanted: Study, cost: Forecast, everything: Mapping[int, Sets]) -> dic
             "train": len(real.train),
             "val": len(real.val),
             "test": len(real.test),
+            "space": real.space.name,
             "shape": list(real.train.shape),
             "fingerprint": real.fingerprint,
         },
@@ -471,7 +479,9 @@ def _about(wanted: Study, cost: Forecast, everything: Mapping[int, Sets]) -> dic
                 "family": type(one.distiller).family,
                 "command": " ".join(
                     [
-                        f"distillens distill {one.name} --data {real.source} --ipc {one.ipc}",
+                        f"distillens distill {one.name}",
+                        *_data(real),
+                        f"--ipc {one.ipc}",
                         f"--seed {one.seed} --replicate {one.replicate}",
                         *(f"--set {setting}" for setting in wanted.settings_for(one.name)),
                         *wanted.plan.wish(),

@@ -105,6 +105,7 @@ class DistilledDataset:
     A *point* is a stored item: leave-one-out removes points. ``labels`` has one label a point.
     ``recipe`` is the training that the set was made for, with a learned step size in it. A method leaves
     ``provenance`` empty: the pipeline writes it, and only a set that has one can be saved.
+    ``chosen`` [points] int64 says which images of the real training split the points are, where they are real ones.
     """
 
     stored: Mapping[str, torch.Tensor]
@@ -115,6 +116,7 @@ class DistilledDataset:
     recipe: Recipe | None = None
     order: Order | None = None
     provenance: Provenance | None = None
+    chosen: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         points = self.decode.points(self.stored)
@@ -131,6 +133,17 @@ class DistilledDataset:
                     "an ordered step names an image that is not there",
                     got=str(int(absent[0])),
                     expected=f"0 to {len(data) - 1}, or -1 for none",
+                )
+        if self.chosen is not None:
+            if self.chosen.dtype != torch.int64 or tuple(self.chosen.shape) != (points,):
+                raise UserError(
+                    "chosen images need one index a point",
+                    got=f"{self.chosen.dtype} of shape {tuple(self.chosen.shape)}",
+                    expected=f"int64 [{points}]",
+                )
+            if points and int(self.chosen.min()) < 0:
+                raise UserError(
+                    "a chosen image has an index below 0", got=str(int(self.chosen.min())), expected="from 0"
                 )
 
     def __len__(self) -> int:
@@ -181,7 +194,11 @@ class DistilledDataset:
                 new[old] = (new_origin == renamed[int(origin[old])]).nonzero().flatten()[copy]
             order = Order(new[order.steps], order.lr)
         return replace(
-            self, stored=self.decode.keep(self.stored, points), labels=self.labels.take(points), order=order
+            self,
+            stored=self.decode.keep(self.stored, points),
+            labels=self.labels.take(points),
+            order=order,
+            chosen=None if self.chosen is None else self.chosen[points.to(self.chosen.device)],
         )
 
     def without(self, *points: int) -> DistilledDataset:
@@ -200,6 +217,7 @@ class DistilledDataset:
     def fingerprint(self) -> str:
         """A SHA-256 of everything but the provenance."""
         order = [] if self.order is None else [self.order.steps, self.order.lr]
+        chosen = [] if self.chosen is None else ["chosen", self.chosen]
         return fingerprint(
             *(part for name in sorted(self.stored) for part in (name, self.stored[name])),
             self.labels.kind,
@@ -210,6 +228,7 @@ class DistilledDataset:
             self.decode.describe(),
             describe(self.recipe),
             *order,
+            *chosen,
         )
 
     def save(self, folder: Path) -> None:
@@ -228,6 +247,8 @@ class DistilledDataset:
         tensors |= {f"space.{name}": tensor for name, tensor in self.space.tensors().items()}
         if self.order is not None:
             tensors |= {"order.steps": self.order.steps, "order.lr": self.order.lr}
+        if self.chosen is not None:
+            tensors["chosen"] = self.chosen
         about = {
             "format": FORMAT,
             "labels": {"kind": self.labels.kind, **self.labels.settings()},
@@ -261,6 +282,7 @@ class DistilledDataset:
                     got=f"format {about['format']}",
                     expected=str(FORMAT),
                 )
+            chosen = tensors.pop("chosen", None)
             groups: dict[str, dict[str, torch.Tensor]] = {
                 "stored": {},
                 "labels": {},
@@ -280,6 +302,7 @@ class DistilledDataset:
                 restore(about["recipe"]),
                 Order(**groups["order"]) if groups["order"] else None,
                 Provenance.from_json({k: v for k, v in saved.items() if k != "fingerprint"}),
+                chosen,
             )
         except UserError:
             raise

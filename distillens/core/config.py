@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from importlib import import_module
@@ -70,24 +70,29 @@ def restore(described: Any) -> Any:
         raise UserError(f"settings do not fit {name}", got=str(error)) from error
 
 
-def override(value: T, assignments: Sequence[str]) -> T:
-    """A settings object with fields set from text: ``steps=500``, ``net.width=64``.
+def override(value: T, assignments: Sequence[str], *, like: Any = None) -> T:
+    """A settings object with fields set from text: ``steps=500``, ``net.width=64``, ``net=lenet``.
 
     Text is turned into the field's type. A field that is itself a settings object is reached
-    with dots. All are set at once: fields that must fit each other may come in any order, and of a field that is
-    named twice the last counts.
+    with dots; where its room knows others by name, it may be replaced by one of them, with the settings that fit the data
+    ``like``, or its defaults without. All are set at once: fields that must fit each other may come in any order, and of
+    a field that is named twice the last counts.
 
     Raises:
         UserError: there is no such field (with the nearest name), or the text does not fit its type.
     """
-    changes: dict[str, Any] = {}
+    pairs = []
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         if not equals or not path:
             raise UserError(
                 "a setting is written NAME=VALUE", got=repr(assignment), fix="--set steps=500, say"
             )
-        _collect(changes, value, path.strip().split("."), text.strip(), path.strip())
+        pairs.append((path.strip().split("."), text.strip()))
+    changes: dict[str, Any] = {}
+    # What is replaced as a whole comes first: settings inside are those of what comes in its place.
+    for names, text in sorted(pairs, key=lambda pair: len(pair[0])):
+        _collect(changes, value, names, text, ".".join(names), like)
     return _replaced(value, changes)
 
 
@@ -96,31 +101,52 @@ def _replaced(owner: T, changes: Mapping[str, Any]) -> T:
     if not changes:
         return owner
     made = {
-        name: _replaced(getattr(owner, name), change) if isinstance(change, _Inner) else change
+        name: _replaced(change.owner, change) if isinstance(change, _Inner) else change
         for name, change in changes.items()
     }
     return replace(owner, **made)  # type: ignore[type-var]  # settings are dataclasses
 
 
 class _Inner(dict[str, Any]):
-    """Changes to a field that is a settings object itself."""
+    """Changes to a field that is a settings object itself, and the object: the present one, or one in its place."""
+
+    owner: Any
 
 
-def _collect(changes: dict[str, Any], owner: Any, path: Sequence[str], text: str, whole: str) -> None:
+def _collect(
+    changes: dict[str, Any], owner: Any, path: Sequence[str], text: str, whole: str, like: Any
+) -> None:
     known = [field.name for field in fields(owner)]
     name, *rest = path
     if name not in known:
         raise unknown(f"setting of {type(owner).__name__.lower()}", name, known)
     old = getattr(owner, name)
-    if rest:
-        if not is_dataclass(old):
+    if not is_dataclass(old):
+        if rest:
             raise UserError(f"setting {whole!r}: {name!r} has no settings of its own", got=repr(old))
-        _collect(changes.setdefault(name, _Inner()), old, rest, text, whole)
+        changes[name] = _converted(get_type_hints(type(owner))[name], text, whole)
         return
-    if is_dataclass(old):
-        inner = ", ".join(f"{name}.{field.name}" for field in fields(old))
-        raise UserError(f"setting {whole!r} holds settings of its own", fix=f"set one of {inner}")
-    changes[name] = _converted(get_type_hints(type(owner))[name], text, whole)
+    if name not in changes:
+        changes[name] = _Inner()
+        changes[name].owner = old
+    inner = changes[name]
+    if rest:
+        _collect(inner, inner.owner, rest, text, whole, like)
+        return
+    named = _by_name(old)
+    if named is None:
+        choices = ", ".join(f"{name}.{field.name}" for field in fields(old))
+        raise UserError(f"setting {whole!r} holds settings of its own", fix=f"set one of {choices}")
+    inner.owner = named(text, like)
+
+
+def _by_name(value: Any) -> Callable[[str, Any], Any] | None:
+    """How the room that a settings object comes from finds others by name, if it does."""
+    module = type(value).__module__
+    if not _OURS.fullmatch(module):
+        return None
+    found: Callable[[str, Any], Any] | None = getattr(import_module(module.rpartition(".")[0]), "named", None)
+    return found
 
 
 def _converted(kind: Any, text: str, whole: str) -> Any:

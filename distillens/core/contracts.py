@@ -16,7 +16,7 @@ from distillens.core.checks import UserError
 from distillens.core.dataset import Dataset, Splits
 from distillens.core.result import Result
 from distillens.core.rng import Key
-from distillens.core.space import same_space
+from distillens.core.space import Space, same_space
 from distillens.core.storage import read_tensors, write_tensors
 
 Params = dict[str, torch.Tensor]
@@ -44,7 +44,9 @@ class Net(Protocol):
     remembered between steps; otherwise the new buffers are returned, the old ones left alone.
     """
 
-    mixes_examples: ClassVar[bool]  # whether training mode lets one image change another's output
+    @property
+    def mixes_examples(self) -> bool:
+        """Whether training mode lets one image change another's output, with these settings."""
 
     def init(self, like: Like, key: Key) -> tuple[Params, Buffers]:
         """Fresh parameters, float32 on the CPU."""
@@ -136,7 +138,7 @@ class Distiller(Protocol):
     """
 
     paper: ClassVar[str]  # who published it
-    family: ClassVar[str]  # gradient | distribution | trajectory | unrolled | coreset
+    family: ClassVar[str]  # gradient | distribution | trajectory | unrolled | kernel | coreset
     selects: ClassVar[bool]  # whether the points are real images, chosen
     soft_labels: ClassVar[bool]
     learns_lr: ClassVar[bool]
@@ -196,8 +198,13 @@ class Sets:
                         expected=f"images {first.shape}, {first.k} classes",
                     )
                 if not same_space(data.space, first.space):
+                    kinds = first.space.name, data.space.name
                     raise UserError(
-                        f"the set {name!r} is in another space than the others", fix="analyse it on its own"
+                        f"the set {name!r} is in another space than the others",
+                        got=f"{kinds[0]} and {kinds[1]}"
+                        if kinds[0] != kinds[1]
+                        else f"two fits of {kinds[0]}",
+                        fix="ask about it on its own",
                     )
 
     @property
@@ -209,8 +216,13 @@ class Sets:
         """Distilled sets, then baselines, by name."""
         return {**self.distilled, **self.baselines}
 
-    def check_against(self, real: Splits) -> None:
-        """Refuse real data of other classes, shape or space than the sets."""
+    @property
+    def space(self) -> Space:
+        """The units of all of them."""
+        return next(iter(self.everything().values()))[0].space
+
+    def check_fits(self, real: Splits) -> None:
+        """Refuse real data of other classes or shape than the sets."""
         data = next(iter(self.everything().values()))[0].dataset()
         if data.shape != real.train.shape or data.classes != real.train.classes:
             raise UserError(
@@ -219,10 +231,15 @@ class Sets:
                 expected=f"images {real.train.shape}, {real.train.k} classes",
                 fix="name the data they were made from with --data",
             )
-        if not same_space(data.space, real.space):
+
+    def check_against(self, real: Splits) -> None:
+        """Refuse real data of other classes, shape or space than the sets."""
+        self.check_fits(real)
+        if not same_space(self.space, real.space):
             raise UserError(
                 "the distilled sets are in another space than this data",
-                fix="bring the real data into theirs: real.to_space(set.space)",
+                got=f"sets in {self.space.name}, data in {real.space.name}",
+                fix="bring the real data into theirs: real.to_space(sets.space)",
             )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,7 +10,7 @@ import torch
 
 from distillens.core.checks import UserError
 from distillens.core.labels import Labels
-from distillens.core.space import Space, same_space
+from distillens.core.space import ROWS, Space, same_space
 from distillens.core.storage import fingerprint
 
 
@@ -107,8 +107,8 @@ class Dataset:
             if not same_space(self.space, other.space):
                 raise UserError(
                     "images of two spaces cannot be mixed",
-                    got=f"{self.space.describe()['kind']} and {other.space.describe()['kind']}"
-                    if self.space.describe()["kind"] != other.space.describe()["kind"]
+                    got=f"{self.space.name} and {other.space.name}"
+                    if self.space.name != other.space.name
                     else "two sets of constants",
                     fix="bring them into one space with to_space",
                 )
@@ -125,13 +125,37 @@ class Dataset:
         )
 
     def to_space(self, space: Space) -> Dataset:
-        """The same images in other units."""
+        """The same images in other units.
+
+        Raises:
+            UserError: the images cannot be brought out of their space.
+        """
         if same_space(space, self.space):
             return self
-        return Dataset(space.from_pixels(self.space.to_pixels(self.images)), self.labels, self.classes, space)
+        moved = torch.empty_like(self.images)
+        at = 0
+        for part in self.exact_pixels():
+            moved[at : at + len(part)] = space.from_pixels(part)
+            at += len(part)
+        return Dataset(moved, self.labels, self.classes, space)
+
+    def exact_pixels(self) -> Iterator[torch.Tensor]:
+        """The images as pixels, some at a time: all of them need not lie in memory twice.
+
+        Raises:
+            UserError: the images cannot be brought out of their space.
+        """
+        if not self.space.invertible:
+            raise UserError(
+                f"images cannot be brought out of the space {self.space.name}",
+                got="images that have lost their brightness and contrast",
+                fix="load the real data again, in the space that is wanted",
+            )
+        for i in range(0, len(self), ROWS):
+            yield self.space.to_pixels(self.images[i : i + ROWS])
 
     def pixels(self) -> torch.Tensor:
-        """The images as pixels; distilled ones may leave [0, 1]."""
+        """The images as pixels, or their likeness where the space keeps no more; distilled ones may leave [0, 1]."""
         return self.space.to_pixels(self.images)
 
 

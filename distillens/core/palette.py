@@ -20,6 +20,15 @@ _KNOWN = {
     "wang2018": "#56B4E9",
     "rtp": "#8C6BB1",
     "rat_bptt": "#7B1E3A",
+    "kip": "#1B7837",
+    "frepo": "#E6550D",
+    "k_center": "#C9A227",
+    "k_means": "#8FBC94",
+    "el2n": "#4F6D7A",
+    "grand": "#9DB4C0",
+    "forgetting": "#C08497",
+    "m3d": "#2F4B9C",
+    "ncfm": "#17799C",
 }
 _OTHERS = ("#E7298A", "#1F9E9E", "#3B528B", "#B5A000", "#A0522D", "#5E8C31")
 

@@ -14,11 +14,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from distillens.core.checks import UserError, unknown
+from distillens.core.checks import UserError, one_of, unknown
 from distillens.core.rng import Key
 
 if TYPE_CHECKING:
     from distillens.core.dataset import Splits
+    from distillens.core.space import Kind
+
+WHITENED: dict[str, Kind] = {
+    "zca": "kornia",
+    "zca-kip": "kip",
+    "zca-frepo": "frepo",
+}  # the kinds of core.space.Zca by name
+SPACES = ("standardised", "pixel", *WHITENED)
 
 
 def sources() -> list[str]:
@@ -34,19 +42,21 @@ def sources() -> list[str]:
     )
 
 
-def load(spec: str, *, key: Key = Key(0)) -> Splits:
-    """Real data in three splits, in the space that its source documents.
+def load(spec: str, *, key: Key = Key(0), space: str = "standardised") -> Splits:
+    """Real data in three splits, in the space that its source documents, or in another one by name.
 
     ``spec`` is a source's name (``digits``), ``kind:path`` (``parquet:cifar10/``), or a bare path whose
     kind is detected. What the source has not split itself is cut from the training data by
     ``key.fold("split")``: same key, same cut. ``Splits.source`` is ``spec`` as it was given.
+    ``space`` is that of ``in_space``.
 
     >>> load("digits").train.shape
     (1, 8, 8)
 
     Raises:
-        UserError: there is no such source or path, no source fits the path, or the source refuses its files.
+        UserError: there is no such source, path or space, no source fits the path, or the source refuses its files.
     """
+    one_of("space", space, SPACES)
     kind, colon, place = spec.partition(":")
     if kind not in sources():
         kind, place = _detect(spec), spec
@@ -63,7 +73,26 @@ def load(spec: str, *, key: Key = Key(0)) -> Splits:
         if not path.exists():
             raise _missing(place)
         splits = source.load(path, key=key)
-    return replace(splits, source=spec)
+    return in_space(replace(splits, source=spec), space)
+
+
+def in_space(splits: Splits, space: str) -> Splits:
+    """The same data in a space by name: ``standardised`` (as it is: its source has chosen), ``pixel``, or whitened.
+
+    ``zca`` is the kornia kind of the trajectory methods, ``zca-kip`` and ``zca-frepo`` are those of the kernel methods
+    (``core.space.Zca``). It is fitted on the training split alone, and all three splits go through the same matrix.
+
+    Raises:
+        UserError: there is no such space, or the data cannot be brought into it.
+    """
+    one_of("space", space, SPACES)
+    if space in ("standardised", splits.space.name):
+        return splits
+    from distillens.core.space import Pixel, Zca
+
+    if space == "pixel":
+        return splits.to_space(Pixel())
+    return splits.to_space(Zca.fit(splits.train.exact_pixels(), WHITENED[space]))
 
 
 def _module(kind: str) -> ModuleType:

@@ -52,7 +52,7 @@ def decoded(images: torch.Tensor, factor: int) -> torch.Tensor:
 
 def in_range(images: torch.Tensor, space: Space) -> torch.Tensor:
     """The nearest images whose pixels lie in [0, 1]; as they are in a space whose pixels are not known exactly."""
-    if not getattr(space, "invertible", True):
+    if not space.invertible:
         return images
     pixels = space.to_pixels(images)
     clamped = pixels.clamp(0, 1)

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 
-from distillens import augment, cost, kernels
-from distillens.augment import Draw
+from distillens import augment
 from distillens.core.artefact import DistilledDataset
 from distillens.core.checks import at_least, one_of, positive
-from distillens.core.contracts import Buffers, Log, Net, Params, Problem, State
+from distillens.core.contracts import Log, Net, Problem, State
 from distillens.core.dataset import Dataset
-from distillens.distillers._pixels import (
-    Init,
-    begin,
-    classes_together,
-    finished,
-    initial,
-    moved,
-    real_batch,
-    small,
+from distillens.distillers._features import (
+    View,
+    by_class,
+    draws_of,
+    matching_bytes,
+    per_class,
+    slope,
 )
+from distillens.distillers._pixels import Init, begin, finished, initial, moved, real_batch, small
 from distillens.nets.convnet import ConvNet
 
 
@@ -33,10 +31,10 @@ class DM:
 
     min_S  E_theta  sum_c || mean psi_theta(A(T_c)) - mean psi_theta(A(S_c)) ||^2, with a fresh network at
     every step, never trained, and one siamese draw A a class and step shared by its real and distilled images.
+    A network with batch norm takes the statistics of a batch of all classes, the real and the distilled each of theirs.
 
-    Source: Zhao & Bilen 2023, equation 4; ``main_DM.py``. Where we differ: all classes go through the network
-    as one batch, of the real ones as many as a cache holds (instance norm keeps images apart, so the gradient is the
-    same), and draws come from keys.
+    Source: Zhao & Bilen 2023, equation 4; ``main_DM.py``. Where we differ: as many classes go through the network
+    together as a cache holds (instance norm keeps images apart, so the gradient is the same), and draws come from keys.
     """
 
     paper: ClassVar[str] = "Zhao & Bilen 2023"
@@ -79,55 +77,34 @@ class DM:
 
     def step(self, problem: Problem, state: State, i: int) -> tuple[State, Log]:
         """One matching step under a fresh network."""
-        key = problem.key.fold("step", i)
-        params, buffers = self.net.init(problem.real, key.fold("net"))
-        params = {name: value.to(problem.real.images) for name, value in params.items()}
+        key, k = problem.key.fold("step", i), problem.real.k
+        view = View.fresh(self.net, problem, key.fold("net"))
         real = real_batch(problem, key.fold("real"), self.batch_real)
-        images = state.tensors["images"].detach().requires_grad_()
-        k = problem.real.k
-        draws = [augment.draw(self.augment, key.fold("augment", c)) for c in range(k)]
-        with torch.no_grad(), kernels.for_targets():
-            target = self._means(params, buffers, real, draws, classes_together(real.shape[1], problem.real))
-        ours = self._means(params, buffers, _by_class(images, k), draws, k)
-        loss = (target - ours).square().sum()
-        (gradient,) = torch.autograd.grad(loss, images)
-        return moved(state, gradient, self.lr_img, self.momentum), {"loss": float(loss.detach())}
+        draws = draws_of(self.augment, key.fold("augment"), k)
+        target = view.targets(real, draws, _means, problem.real)
 
-    def _means(
-        self,
-        params: Params,
-        buffers: Buffers,
-        images: torch.Tensor,
-        draws: Sequence[Draw | None],
-        together: int,
-    ) -> torch.Tensor:
-        """The mean feature [k, d] of each class's augmented images [k, n, c, h, w], so many classes at a time."""
-        means = []
-        for first in range(0, len(images), together):
-            own = images[first : first + together]
-            pairs = zip(own, draws[first : first + together], strict=True)
-            shown = torch.cat([augment.apply(batch, drawn) for batch, drawn in pairs])
-            means.append(_by_class(self.net.features(params, buffers, shown)[0], len(own)).mean(1))
-        return torch.cat(means)
+        def loss(own: torch.Tensor, part: slice) -> torch.Tensor:
+            return (target[part] - _means(view.features(own, draws[part]))).square().sum(1)
+
+        images = by_class(state.tensors["images"], k)
+        losses, gradient = slope(images, loss, view.together(problem.ipc, problem.real))
+        return moved(state, gradient.flatten(0, 1), self.lr_img, self.momentum), {"loss": float(losses.sum())}
 
     def work(self, problem: Problem) -> float:
         """One forward of the real batch, forward and backward of the distilled images."""
-        real = min(self.batch_real, min(map(len, problem.by_class)))
+        real = per_class(problem, self.batch_real)
         return self.steps * problem.real.k * (real + 3.0 * problem.ipc)
 
     def memory(self, problem: Problem) -> float:
-        """The distilled images' graph; the real batch passes through without one."""
-        one = cost.cost(self.net, problem.real)
-        real = min(self.batch_real, min(map(len, problem.by_class)))
-        classes = min(problem.real.k, classes_together(real, problem.real))
-        # Without a graph no more than two layers are alive at once: a third of it at most.
-        return problem.real.k * problem.ipc * one.first + classes * real * one.first / 3
+        """The graph of the distilled images that go together; the real batch passes through without one."""
+        real = per_class(problem, self.batch_real)
+        return matching_bytes(self.net, "train", problem, real, problem.ipc)
 
     def finish(self, problem: Problem, state: State) -> DistilledDataset:
         """The images."""
         return finished(problem, state.tensors["images"])
 
 
-def _by_class(items: torch.Tensor, k: int) -> torch.Tensor:
-    """Class-major items [k * n, ...] as [k, n, ...]."""
-    return items.reshape(k, -1, *items.shape[1:])
+def _means(features: torch.Tensor) -> torch.Tensor:
+    """The mean feature [m, d] of each class, from [m, n, d]."""
+    return features.mean(1)

@@ -4,25 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
-from distillens.core.artefact import DistilledDataset
-from distillens.core.contracts import Log, Problem, State
+import torch
+
+from distillens.core.contracts import Problem
 from distillens.core.dataset import Dataset
-from distillens.distillers._pixels import choose, finished
+from distillens.distillers._coreset import Coreset
+from distillens.distillers._pixels import choose
 
 
 @dataclass(frozen=True)
-class RandomSubset:
+class RandomSubset(Coreset):
     """``ipc`` real images of each class, uniform without replacement."""
-
-    paper: ClassVar[str] = ""
-    family: ClassVar[str] = "coreset"
-    selects: ClassVar[bool] = True
-    soft_labels: ClassVar[bool] = False
-    learns_lr: ClassVar[bool] = False
-    needs_experts: ClassVar[bool] = False
-    steps: ClassVar[int] = 0
 
     @classmethod
     def defaults(cls, like: Dataset, ipc: int) -> RandomSubset:
@@ -33,13 +27,9 @@ class RandomSubset:
         """Nothing."""
         return {}
 
-    def start(self, problem: Problem) -> State:
-        """The chosen indices."""
-        return State({"index": choose(problem, problem.key.fold("init"))})
-
-    def step(self, problem: Problem, state: State, i: int) -> tuple[State, Log]:
-        """Nothing is left to do."""
-        return state, {}
+    def choose(self, problem: Problem) -> torch.Tensor:
+        """The first images of a random permutation of each class."""
+        return choose(problem, problem.key.fold("init"))
 
     def work(self, problem: Problem) -> float:
         """None."""
@@ -48,7 +38,3 @@ class RandomSubset:
     def memory(self, problem: Problem) -> float:
         """None."""
         return 0.0
-
-    def finish(self, problem: Problem, state: State) -> DistilledDataset:
-        """The chosen images."""
-        return finished(problem, problem.real.images[state.tensors["index"]])

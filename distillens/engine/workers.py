@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 
 from distillens.core.checks import UserError, at_least
 from distillens.core.storage import write_tensors
+from distillens.core.threads import pinned_threads as pinned_threads
 
 LARGE = 1 << 22  # bytes from which a tensor travels once, by file, instead of with every job
 TRIES = 3  # how often a job whose worker died is tried
@@ -252,14 +253,3 @@ def settle_process() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block by mmap
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never trim
-
-
-@contextlib.contextmanager
-def pinned_threads(threads: int) -> Iterator[None]:
-    """Use so many threads for a while, then as many as before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

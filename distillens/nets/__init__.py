@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from distillens.core.contracts import Like, Net
 from distillens.core.registry import Room
+from distillens.nets._module import PREFIX, from_module, from_text
+
+__all__ = ["default_net", "from_module", "named", "room"]
 
 room: Room[type[Net]] = Room("distillens.nets", "network")
 
@@ -13,3 +18,18 @@ def default_net(like: Like) -> Net:
     from distillens.nets.convnet import ConvNet
 
     return ConvNet.defaults(like)
+
+
+def named(text: str, like: Like | None = None) -> Net:
+    """The network that a text names: ``resnet18``, or ``module:torchvision.models:resnet18``.
+
+    With the settings that fit the data, or without data the field's.
+
+    Raises:
+        UserError: there is no such network; the nearest name is suggested.
+    """
+    if text.startswith(PREFIX):
+        return from_text(text)
+    kind: Any = room.find(text)
+    made: Net = kind() if like is None else kind.defaults(like)
+    return made

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,29 +14,29 @@ from distillens.core.contracts import Buffers, Like, Mode, Params
 from distillens.core.rng import Key
 from distillens.kernels import block, entering
 from distillens.kernels.conv_block import average_pool
+from distillens.nets._layers import Norm, Pass, fresh_norm, uniform
 
 
 @dataclass(frozen=True)
 class ConvNet:
     """``depth`` blocks of {3 x 3 convolution, norm, ReLU, pooling by 2}, then one linear layer.
 
-    With depth 3, width 128, 32 px, 10 classes: 320,010 parameters. The norm is GroupNorm with one channel
-    a group, which is affine instance norm: the same function, with right derivatives of every order.
-    28 px images are padded to 32 by the first convolution, as the field does.
+    With depth 3, width 128, 32 px, 10 classes: 320,010 parameters. The norm ``group`` is GroupNorm with one channel
+    a group, which is affine instance norm: the same function, with right derivatives of every order. ``batch`` is batch
+    norm, ``layer`` GroupNorm with one group. 28 px images are padded to 32 by the first convolution, as the field does.
 
-    Source: Gidaris & Komodakis 2018; Zhao et al. 2021 (``networks.py``). PyTorch's default initialisation.
+    Source: Gidaris & Komodakis 2018; Zhao et al. 2021 (``networks.py``). PyTorch's default initialisation. Where we
+    differ: ``layer`` has a scale and a shift a channel, the authors' LayerNorm one a pixel.
     """
-
-    mixes_examples: ClassVar[bool] = False
 
     depth: int = 3
     width: int = 128
-    norm: Literal["group", "none"] = "group"
+    norm: Norm = "group"
     pooling: Literal["average", "max", "none"] = "average"
 
     def __post_init__(self) -> None:
         at_least(1, "convnet", depth=self.depth, width=self.width)
-        one_of("norm", self.norm, ("group", "none"))
+        one_of("norm", self.norm, ("group", "batch", "layer", "none"))
         one_of("pooling", self.pooling, ("average", "max", "none"))
 
     @classmethod
@@ -46,6 +46,11 @@ class ConvNet:
         if side < 16:
             return cls(depth=2, width=32)
         return cls(depth=max(3, round(math.log2(side)) - 2))
+
+    @property
+    def mixes_examples(self) -> bool:
+        """Whether training mode lets one image change another's output: by batch norm."""
+        return self.norm == "batch"
 
     def _padding(self, side: int) -> int:
         return 3 if side == 28 else 1
@@ -65,23 +70,25 @@ class ConvNet:
         return h, w
 
     def init(self, like: Like, key: Key) -> tuple[Params, Buffers]:
-        """Fresh parameters: uniform in +-1/sqrt(fan-in), norms 1 and 0. No buffers."""
+        """Fresh parameters: uniform in +-1/sqrt(fan-in), norms 1 and 0; running statistics with batch norm."""
         h, w = self._final(like)
         params: Params = {}
+        buffers: Buffers = {}
         channels = like.shape[0]
         for place in range(self.depth):
-            params |= _uniform(f"conv{place}", (self.width, channels, 3, 3), channels * 9, key)
-            if self.norm == "group":
-                params[f"norm{place}.weight"] = torch.ones(self.width)
-                params[f"norm{place}.bias"] = torch.zeros(self.width)
+            name = f"conv{place}"
+            scale, remembered = fresh_norm(f"norm{place}", self.width, self.norm)
+            params |= uniform(name, (self.width, channels, 3, 3), key.fold(name)) | scale
+            buffers |= remembered
             channels = self.width
-        return params | _uniform("linear", (like.k, channels * h * w), channels * h * w, key), {}
+        return params | uniform("linear", (like.k, channels * h * w), key.fold("linear")), buffers
 
     def features(
         self, params: Params, buffers: Buffers, x: torch.Tensor, mode: Mode = "evaluate"
     ) -> tuple[torch.Tensor, Buffers]:
         """The flattened last block, [n, width * h' * w']."""
-        return self._hidden(params, x, 1, 1).flatten(1), buffers
+        passing = Pass(params, buffers, mode, self.norm)
+        return self._hidden(x, passing, 1).flatten(1), passing.after()
 
     def logits(
         self, params: Params, buffers: Buffers, x: torch.Tensor, mode: Mode = "evaluate"
@@ -99,39 +106,35 @@ class ConvNet:
         """
         m = len(params["linear.bias"])
         shared = x.ndim == 4
-        side_by_side = {name: value.flatten(0, 1) for name, value in params.items()}
-        x = self._hidden(
-            side_by_side, x if shared else x.transpose(0, 1).flatten(1, 2), 1 if shared else m, m
-        )
+        passing = Pass(_side_by_side(params), _side_by_side(buffers), mode, self.norm, m)
+        x = self._hidden(x if shared else x.transpose(0, 1).flatten(1, 2), passing, 1 if shared else m)
         features = x.reshape(len(x), m, -1).transpose(0, 1)
-        return torch.baddbmm(params["linear.bias"][:, None], features, params["linear.weight"].mT), buffers
+        logits = torch.baddbmm(params["linear.bias"][:, None], features, params["linear.weight"].mT)
+        return logits, {name: value.view(m, -1) for name, value in passing.after().items()}
 
-    def _hidden(self, params: Params, x: torch.Tensor, first: int, groups: int) -> torch.Tensor:
-        """The last block [n, groups * width, h', w'], in the precision of the parameters."""
+    def _hidden(self, x: torch.Tensor, passing: Pass, first: int) -> torch.Tensor:
+        """The last block [n, models * width, h', w'], in the precision of the parameters.
+
+        The first convolution has ``first`` groups: one where all models see the same images.
+        """
         x = entering(x)
         for place in range(self.depth):
+            conv, norm = f"conv{place}", f"norm{place}"
             padding = self._padding(min(x.shape[-2:])) if place == 0 else 1
-            within = first if place == 0 else groups
-            weight, bias = params[f"conv{place}.weight"], params[f"conv{place}.bias"]
+            groups = first if place == 0 else passing.models
             if self.norm == "group" and self.pooling == "average":
-                gamma, beta = params[f"norm{place}.weight"], params[f"norm{place}.bias"]
-                x = block(x, weight, bias, gamma, beta, padding, within)
+                weight, bias = passing.params[f"{conv}.weight"], passing.params[f"{conv}.bias"]
+                gamma, beta = passing.params[f"{norm}.weight"], passing.params[f"{norm}.bias"]
+                x = block(x, weight, bias, gamma, beta, padding, groups)
                 continue
-            x = F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), padding=padding, groups=within)
-            if self.norm == "group":
-                gamma, beta = params[f"norm{place}.weight"], params[f"norm{place}.bias"]
-                x = F.group_norm(x.to(gamma.dtype), len(gamma), gamma, beta).to(x.dtype)
-            x = F.relu(x)
+            x = F.relu(passing.norm(passing.conv(x, conv, padding=padding, groups=groups), norm))
             if self.pooling == "average":
                 x = average_pool(x)
             elif self.pooling == "max":
                 x = F.max_pool2d(x, 2)
-        return x.to(params["linear.weight"].dtype)
+        return x.to(passing.params["linear.weight"].dtype)
 
 
-def _uniform(name: str, shape: tuple[int, ...], fan_in: int, key: Key) -> Params:
-    bound = 1 / math.sqrt(fan_in)
-    return {
-        f"{name}.weight": key.fold(name, "weight").uniform(*shape, low=-bound, high=bound),
-        f"{name}.bias": key.fold(name, "bias").uniform(shape[0], low=-bound, high=bound),
-    }
+def _side_by_side(values: Params | Buffers) -> Params | Buffers:
+    """What m networks have, [m, c, ...], as one network's, [m * c, ...]."""
+    return {name: value.flatten(0, 1) for name, value in values.items()}

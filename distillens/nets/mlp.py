@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from distillens.core.checks import at_least
 from distillens.core.contracts import Buffers, Like, Mode, Params
 from distillens.core.rng import Key
+from distillens.nets._layers import uniform
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,7 @@ class MLP:
         fan_in = math.prod(like.shape)
         for layer in range(self.depth + 1):
             units = self.width if layer < self.depth else like.k
-            bound = 1 / math.sqrt(fan_in)
-            place = key.fold("layer", layer)
-            params[f"layer{layer}.weight"] = place.fold("weight").uniform(
-                units, fan_in, low=-bound, high=bound
-            )
-            params[f"layer{layer}.bias"] = place.fold("bias").uniform(units, low=-bound, high=bound)
+            params |= uniform(f"layer{layer}", (units, fan_in), key.fold("layer", layer))
             fan_in = units
         return params, {}
 

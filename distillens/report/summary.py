@@ -46,6 +46,7 @@ class Data:
     sizes: Mapping[str, int] = field(default_factory=dict)  # train, val, test
     shape: tuple[int, ...] = ()
     fingerprint: str = ""
+    space: str = ""
 
 
 @dataclass(frozen=True)
@@ -346,6 +347,7 @@ def _run(title: str, study: Mapping[str, Any], made: Mapping[str, Any]) -> Run:
             {name: int(data[name]) for name in ("train", "val", "test") if name in data},
             tuple(map(int, data.get("shape", ()))),
             str(data.get("fingerprint", "")),
+            str(data.get("space", "")),
         )
         if any(data.values())
         else None,

@@ -21,6 +21,7 @@ from distillens.core.rng import Key
 from distillens.core.storage import write_tensors
 from distillens.data import load
 from distillens.nets.convnet import ConvNet
+from distillens.sessions import session
 from distillens.train import networks, on
 
 SUBSETS = 60
@@ -32,7 +33,7 @@ def main() -> None:
     key = Key(2024, ("bank",))
     net = ConvNet.defaults(real.train)
     tensors: dict[str, torch.Tensor] = {}
-    with pipeline.session(real) as runs:
+    with session(real) as runs:
         for ipc in SIZES:
             subsets = []
             for r in range(SUBSETS):

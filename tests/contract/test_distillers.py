@@ -35,7 +35,7 @@ from distillens.runs import Runs
 
 IPC = 2
 STEPS = 3
-FAMILIES = {"gradient", "distribution", "trajectory", "unrolled", "coreset"}
+FAMILIES = {"gradient", "distribution", "trajectory", "unrolled", "kernel", "coreset"}
 
 # What makes any method quick, where it has such a setting; each change must fit those before it. A new method adds
 # its own loops here.
@@ -58,17 +58,21 @@ TINY = {
     "first_max_start_epoch": "1",
     "max_start_epoch": "2",
     "threshold": "1e9",  # no step is skipped
+    "pool": "2",
+    "max_age": "2",
     "n_bases": "4",
     "downsample": "2",
     "n_nets": "2",
+    "nets": "2",
     "per_step": "1",
     "distill_epochs": "2",
     "redraw": "2",
     "n_data": "8",
     "early": "1",
-    "factor": "2",
     "augment_net": "crop",
     "cutmix": "0.5",
+    "num_freqs": "8",
+    "factor": "2",
     "recipe.steps": "4",
     "augment": "color_crop_cutout_flip_scale_rotate",
 }
@@ -437,22 +441,21 @@ def test_the_set_is_worth_ipc_images_a_class_class_by_class(name: str, channels:
 
 
 def check_size(method: Distiller, problem: Problem, states: list[State]) -> None:
-    """Images are worth no more numbers than ``ipc`` plain ones a class; each class has as many.
-
-    What is stored is class by class, and so are the images where each is stored as one.
-    """
+    """Images are worth no more numbers than ``ipc`` plain ones a class; each class has as many, one after another."""
     begun, done = method.finish(problem, states[0]), method.finish(problem, states[-1])
     plain = 3 * problem.ipc * math.prod(problem.real.shape)
     assert 0 < sum(tensor.numel() for tensor in done.stored.values()) <= plain
-    points, rest = divmod(len(done), 3)
-    assert rest == 0 and points >= 1
-    by_class = (done.decode.origin(done.stored) // points).tolist()
-    assert len(set(map(by_class.count, range(3)))) == 1
-    assert begun.dataset().labels.hard().tolist() == by_class
+    each, rest = divmod(len(done.dataset()), 3)
+    assert rest == 0 and each >= 1
+    # What is stored lies class by class; what it decodes to follows it, in the decoder's order.
+    by_class = torch.arange(3).repeat_interleave(len(done) // 3)
+    decoded = by_class[done.decode.origin(done.stored)].tolist()
+    assert all(decoded.count(c) == each for c in range(3))
+    assert begun.labels.hard().tolist() == by_class.tolist()
+    assert begun.dataset().labels.hard().tolist() == decoded
     if not method.soft_labels:  # labels that are learned may come to favour another class
-        assert done.dataset().labels.hard().tolist() == by_class
+        assert done.dataset().labels.hard().tolist() == decoded
     if isinstance(done.decode, Pixels):
-        assert by_class == sorted(by_class)
         assert len(done) == len(done.dataset()) == 3 * problem.ipc
         assert done.ipc == problem.ipc
 
@@ -495,9 +498,19 @@ def test_what_selects_gives_different_real_images_of_the_right_class(
     data = real(channels).train
     method = tiny(name, data, ipc)
     problem = problem_of(method, data, ipc)
-    done = method.finish(problem, method.start(problem)).dataset()
+    made = method.finish(problem, method.start(problem))
+    done = made.dataset()
     assert origins(done.images, data) == done.labels.hard().tolist()
     assert len(torch.unique(done.images.flatten(1), dim=0)) == 3 * ipc
+    assert made.chosen is not None and made.chosen.device.type == "cpu"
+    assert torch.equal(done.images, data.images[made.chosen])
+    assert torch.equal(done.labels.hard(), data.labels.hard()[made.chosen])
+    assert len(set(made.chosen.tolist())) == 3 * ipc
+
+
+@that_learn
+def test_what_learns_its_images_chooses_none(name: str) -> None:
+    assert whole(name, 1)[-1].chosen is None
 
 
 def scarce() -> Dataset:
@@ -512,11 +525,11 @@ def starts_from_real(name: str) -> bool:
 
 
 def takes_real_images(name: str) -> bool:
-    """Whether each stored image begins as real ones of its own: then a class must have enough of them."""
+    """Whether a point begins as a real image, or several made smaller: then a class must have enough of them."""
     data = real().train
     method = tiny(name, data, init="real")
     problem = problem_of(method, data)
-    return isinstance(method.finish(problem, method.start(problem)).decode, (Pixels, MultiFormation))
+    return isinstance(method.finish(problem, method.start(problem)).decode, Pixels | MultiFormation)
 
 
 @pytest.mark.parametrize("name", [n for n in names if starts_from_real(n)])

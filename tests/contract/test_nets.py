@@ -16,6 +16,7 @@ from distillens.core.config import describe, override, restore, settings_of
 from distillens.core.contracts import Buffers, Mode, Net, Params
 from distillens.core.rng import Key
 from distillens.core.vector import Shapes
+from tests import modules
 
 STEP = 1e-6  # of finite differences: small enough that no ReLU changes sign on the way
 CLOSE = 1e-5  # relative; torch's own norms miss it by 0.5 to 400 %
@@ -39,15 +40,38 @@ SHAPES = [
 ]
 
 # Settings that make any network small, where it has them.
-TINY = {"depth": "2", "width": "4"}
+TINY = {"depth": "2", "width": "4", "heads": "2"}
 
-every_net = pytest.mark.parametrize("name", nets.room.names())
+# Settings that change what a network computes: held to the same.
+VARIANTS = [
+    "convnet norm=batch",
+    "convnet norm=layer",
+    "convnet norm=none pooling=max",
+    "convnet norm=batch pooling=none",
+    "lenet norm=batch",
+    "alexnet norm=group",
+    "vgg11 norm=batch",
+    "resnet18 norm=batch",
+    "resnet18 norm=none downsample=average",
+    "resnet18 downsample=average",
+    "module",
+    "module batch",
+]
+EVERY = [*nets.room.names(), *VARIANTS]
+
+every_net = pytest.mark.parametrize("name", EVERY)
 
 
 def tiny(name: str, like: Images) -> Net:
+    """A network of the room by name, with settings behind it; somebody else's module."""
+    name, *changes = name.split()
+    if name == "module":
+        return nets.from_module(
+            f"{modules.__name__}:{'Normed' if changes else 'Plain'}", channels="{channels}", classes="{k}"
+        )
     net: Net = nets.room.find(name).defaults(like)  # type: ignore[attr-defined]
     known = settings_of(net)
-    return override(net, [f"{field}={text}" for field, text in TINY.items() if field in known])
+    return override(net, [f"{field}={text}" for field, text in TINY.items() if field in known] + changes)
 
 
 def images(like: Images, n: int, dtype: torch.dtype = torch.float64, place: str = "x") -> torch.Tensor:
@@ -63,7 +87,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@every_net
+@pytest.mark.parametrize("name", nets.room.names())
 @pytest.mark.parametrize("like", SHAPES)
 def test_the_defaults_give_one_row_of_logits_an_image(name: str, like: Images) -> None:
     net = nets.room.find(name).defaults(like)  # type: ignore[attr-defined]
@@ -142,7 +166,7 @@ def test_the_initialisation_comes_from_the_key_alone(name: str) -> None:
     other, _ = net.init(ODD, Key(4))
     assert list(other) == list(params)
     drawn = [n for n, v in params.items() if float(v.std()) > 0]  # norms start at 1 and 0
-    assert len(drawn) >= len(params) // 2
+    assert sum(params[n].numel() for n in drawn) >= sum(v.numel() for v in params.values()) // 2
     for n in drawn:
         assert not torch.equal(params[n], other[n]), n
 
@@ -261,16 +285,8 @@ DERIVATIVES: list[Any] = [
 ]
 
 
-# torch's batch norm is wrong under a stacked gradient: networks that mix images are not asked for it.
-@pytest.mark.parametrize(
-    ("name", "error", "models"),
-    [
-        pytest.param(name, *case.values, id=f"{name}-{case.id}")
-        for name in nets.room.names()
-        for case in DERIVATIVES
-        if case.values[1] == 1 or not nets.room.find(name).mixes_examples
-    ],
-)
+@every_net
+@pytest.mark.parametrize(("error", "models"), DERIVATIVES)
 @pytest.mark.parametrize("like", [pytest.param(ODD, id="1x8x12"), pytest.param(COLOUR, id="3x16x16")])
 def test_derivatives_are_those_of_finite_differences(
     name: str, like: Images, error: Callable[[Case], float], models: int
@@ -314,6 +330,43 @@ def test_the_check_of_derivatives_finds_a_norm_that_is_wrong(
 
 
 # ---- the networks by name ----
+
+
+def test_the_networks_of_the_field_are_there() -> None:
+    assert nets.room.names() == ["alexnet", "convnet", "lenet", "mlp", "resnet18", "resnet34", "vgg11", "vit"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("lenet", "LeNet"), ("alexnet", "AlexNet"), ("vgg11", "VGG11"), ("resnet34", "ResNet34")],
+)
+def test_images_of_one_row_are_refused(name: str, said: str) -> None:
+    with pytest.raises(UserError) as error:
+        tiny(name, ODD).init(Images((1, 1, 12), 3), Key(0))
+    assert str(error.value) == (
+        f"images of 1 x 12 are too small for {said}; expected at least 2 pixels a side"
+    )
+
+
+def test_patches_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(UserError) as error:
+        override(tiny("vit", ODD), ["patch=3"]).init(ODD, Key(0))
+    assert str(error.value) == (
+        "patches of 3 x 3 do not fit images of 8 x 12; choose a net.patch that divides both sides"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "known"),
+    [
+        ("lenet", "norm", "batch, group, none"),
+        ("resnet18", "norm", "batch, group, none"),
+        ("resnet18", "downsample", "average, stride"),
+    ],
+)
+def test_unknown_words_are_met_with_the_known_ones(name: str, field: str, known: str) -> None:
+    with pytest.raises(UserError, match=rf"unknown {field} 'zzz'; Known: {known}$"):
+        nets.room.find(name)(**{field: "zzz"})
 
 
 def test_the_convnet_of_the_field_has_320010_parameters() -> None:
@@ -365,6 +418,16 @@ def test_a_convnet_too_deep_for_the_images_says_so() -> None:
     [
         ("convnet", "depth=0", "convnet: depth must be at least 1; got 0"),
         ("mlp", "width=0", "mlp: width must be at least 1; got 0"),
+        ("lenet", "width=0", "lenet: width must be at least 1; got 0"),
+        ("alexnet", "width=0", "alexnet: width must be at least 1; got 0"),
+        ("vgg11", "width=0", "vgg11: width must be at least 1; got 0"),
+        ("resnet18", "width=0", "resnet18: width must be at least 1; got 0"),
+        ("vit", "heads=0", "vit: heads must be at least 1; got 0"),
+        (
+            "vit",
+            "heads=3",
+            "vit: the heads must divide the width; got 3 heads of 4 numbers; set net.width and net.heads",
+        ),
     ],
 )
 def test_sizes_below_one_are_refused(name: str, change: str, message: str) -> None:
@@ -374,5 +437,5 @@ def test_sizes_below_one_are_refused(name: str, change: str, message: str) -> No
 
 
 def test_an_unknown_norm_is_met_with_a_suggestion() -> None:
-    with pytest.raises(UserError, match=r"unknown norm 'groups'; Did you mean 'group'\? Known: group, none"):
+    with pytest.raises(UserError, match=r"unknown norm 'groups'; Did you mean 'group'\? Known: batch, group"):
         nets.room.find("convnet")(norm="groups")  # type: ignore[call-arg]

@@ -50,8 +50,11 @@ SPACES: dict[str, Space] = {
     "pixel": Pixel(),
     "standardised": Standardised((0.5,), (0.25,)),
     "zca": Zca.fit(KEY.fold("real").uniform(40, *SHAPE)),
+    "zca-kip": Zca.fit(KEY.fold("real").uniform(40, *SHAPE), "kip"),
+    "zca-frepo": Zca.fit(KEY.fold("real").uniform(40, *SHAPE), "frepo"),
 }
 ORDER = Order(torch.tensor([[0, 5], [2, -1], [4, 1]]), torch.tensor([0.1, 0.2, 0.4]))
+CHOSEN = torch.tensor([7, 0, 300, 12, 5, 7])
 RECIPE = Recipe(steps=7, lr=0.0123, batch=2, schedule="cosine", augment="flip")
 PROVENANCE = Provenance(
     "dm",
@@ -95,6 +98,9 @@ def assert_same(a: DistilledDataset, b: DistilledDataset) -> None:
     if a.order is not None and b.order is not None:
         assert torch.equal(a.order.steps, b.order.steps)
         assert torch.equal(a.order.lr, b.order.lr)
+    assert (a.chosen is None) == (b.chosen is None)
+    if a.chosen is not None and b.chosen is not None:
+        assert torch.equal(a.chosen, b.chosen)
     assert torch.equal(a.dataset().images, b.dataset().images)
     assert a.dataset().fingerprint == b.dataset().fingerprint
     assert a.fingerprint == b.fingerprint
@@ -204,6 +210,38 @@ def test_keep_follows_the_order_asked() -> None:
     assert kept.labels.hard().tolist() == [2, 0]
 
 
+def test_the_points_that_are_kept_stay_those_that_were_chosen() -> None:
+    one = distilled(chosen=CHOSEN)
+    assert one.keep(torch.tensor([5, 2, 0])).chosen is not None
+    assert one.keep(torch.tensor([5, 2, 0])).chosen.tolist() == [7, 300, 7]  # type: ignore[union-attr]
+    assert one.without(1, 4).chosen.tolist() == [7, 300, 12, 7]  # type: ignore[union-attr]
+    assert distilled().without(1).chosen is None
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        (
+            torch.arange(5),
+            "chosen images need one index a point; got torch.int64 of shape (5,); expected int64 [6]",
+        ),
+        (
+            torch.zeros(6),
+            "chosen images need one index a point; got torch.float32 of shape (6,); expected int64 [6]",
+        ),
+        (
+            torch.zeros(6, 1, dtype=torch.int64),
+            "chosen images need one index a point; got torch.int64 of shape (6, 1); expected int64 [6]",
+        ),
+        (torch.arange(6) - 2, "a chosen image has an index below 0; got -2; expected from 0"),
+    ],
+)
+def test_chosen_images_are_one_index_a_point(chosen: torch.Tensor, said: str) -> None:
+    with pytest.raises(UserError) as error:
+        distilled(chosen=chosen)
+    assert str(error.value) == said
+
+
 def test_without_nothing_is_the_same_set() -> None:
     one = distilled(order=ORDER)
     assert one.without().fingerprint == one.fingerprint
@@ -250,6 +288,7 @@ def _changed(tensors: dict[str, torch.Tensor], name: str) -> dict[str, torch.Ten
         {"decode": MultiFormation(2)},
         {"recipe": RECIPE},
         {"order": ORDER},
+        {"chosen": CHOSEN},
     ],
     ids=lambda changes: next(iter(changes)),
 )
@@ -263,6 +302,7 @@ def test_the_fingerprint_changes_with_any_part(changes: dict[str, Any]) -> None:
         ({"recipe": RECIPE}, {"recipe": RECIPE.but(lr=0.0124)}),
         ({"order": ORDER}, {"order": Order(ORDER.steps, ORDER.lr + 0.1)}),
         ({"order": ORDER}, {"order": Order(ORDER.steps.flip(1), ORDER.lr)}),
+        ({"chosen": CHOSEN}, {"chosen": CHOSEN + 1}),
         ({"labels": "probabilities"}, {"labels": Logits(LABELS["probabilities"]().tensors()["values"])}),
         ({"labels": "teacher"}, {"labels": Teacher("abc", KEY.fold("v").normal(2, N, K), 4, 2.5, 1234)}),
     ],
@@ -279,7 +319,9 @@ def test_the_fingerprint_leaves_the_provenance_out() -> None:
     assert replace(distilled(), provenance=None).fingerprint == distilled().fingerprint
 
 
-@pytest.mark.parametrize("extras", [{}, {"order": ORDER, "recipe": RECIPE}], ids=["plain", "ordered"])
+@pytest.mark.parametrize(
+    "extras", [{}, {"order": ORDER, "recipe": RECIPE}, {"chosen": CHOSEN}], ids=["plain", "ordered", "chosen"]
+)
 @pytest.mark.parametrize("decode", STORED)
 @pytest.mark.parametrize("labels", LABELS)
 def test_a_saved_set_comes_back(labels: str, decode: str, extras: dict[str, Any], tmp_path: Path) -> None:
@@ -377,7 +419,7 @@ def edit(folder: Path, change: Callable[[dict[str, torch.Tensor], dict[str, Any]
 def saved(tmp_path: Path) -> Path:
     """A folder that holds a set with all parts."""
     folder = tmp_path / "run"
-    distilled("teacher", order=ORDER, recipe=RECIPE, space=SPACES["zca"]).save(folder)
+    distilled("teacher", order=ORDER, recipe=RECIPE, space=SPACES["zca"], chosen=CHOSEN).save(folder)
     return folder
 
 
@@ -386,7 +428,7 @@ def test_what_was_only_written_again_still_loads(saved: Path) -> None:
     DistilledDataset.load(saved)
 
 
-@pytest.mark.parametrize("name", ["stored.images", "labels.views", "order.steps", "order.lr"])
+@pytest.mark.parametrize("name", ["stored.images", "labels.views", "order.steps", "order.lr", "chosen"])
 def test_tampered_data_is_refused(saved: Path, name: str) -> None:
     def change(tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
         tensors[name].view(-1)[0] += 1
@@ -422,13 +464,26 @@ def test_a_tampered_description_is_refused(saved: Path, path: tuple[Any, ...], v
         DistilledDataset.load(saved)
 
 
-@pytest.mark.parametrize("name", ["space.mean", "space.matrix", "space.inverse"])
+@pytest.mark.parametrize("name", ["space.mean", "space.scale", "space.triangle"])
 def test_a_tampered_whitening_is_refused(saved: Path, name: str) -> None:
     def change(tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
         tensors[name].view(-1)[0] += 1
 
     edit(saved, change)
     with pytest.raises(UserError, match="a whitening matrix differs from the one that was recorded"):
+        DistilledDataset.load(saved)
+
+
+def test_a_whitening_of_an_earlier_version_is_refused(saved: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
+        d = len(tensors["space.mean"])
+        del tensors["space.triangle"]
+        tensors |= {"space.matrix": torch.eye(d), "space.inverse": torch.eye(d)}
+
+    edit(saved, change)
+    with pytest.raises(
+        UserError, match="a whitened set of an earlier version stores another matrix; make it again"
+    ):
         DistilledDataset.load(saved)
 
 
@@ -494,7 +549,7 @@ def test_missing_data_is_named(saved: Path) -> None:
         DistilledDataset.load(saved)
 
 
-@pytest.mark.parametrize("name", ["stored.images", "labels.views", "order.lr", "space.inverse"])
+@pytest.mark.parametrize("name", ["stored.images", "labels.views", "order.lr", "space.triangle"])
 def test_a_set_with_a_tensor_missing_is_refused(saved: Path, name: str) -> None:
     def change(tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
         del tensors[name]

@@ -12,10 +12,12 @@ from distillens import analyses, distillers, nets
 from distillens.core import recipe as recipe_module
 from distillens.core.checks import UserError
 from distillens.core.config import describe, override, restore, settings_of
+from distillens.core.dataset import Splits
 from distillens.core.recipe import Recipe
 from distillens.core.rng import Key
 from distillens.nets.convnet import ConvNet
 from distillens.nets.mlp import MLP
+from distillens.nets.resnet18 import ResNet18
 
 ROOMS = {"method": distillers.room, "network": nets.room, "analysis": analyses.room}
 EVERYTHING = [(what, name) for what, room in ROOMS.items() for name in room.names()]
@@ -279,6 +281,66 @@ def test_settings_that_must_fit_each_other_may_come_in_any_order() -> None:
     assert override(method, both) == override(method, both[::-1])
     with pytest.raises(UserError, match="the window does not fit into the training"):
         override(method, both[:1])
+
+
+# ---- a network by name ----
+
+
+@pytest.mark.parametrize("name", nets.room.names())
+def test_a_network_is_given_by_name(name: str, digits: Splits) -> None:
+    method = distillers.room.find("dm")()
+    chosen: Any = override(method, [f"net={name}"])
+    assert chosen.net == nets.room.find(name)()
+    assert replace(chosen, net=method.net) == method  # type: ignore[attr-defined]
+    assert restore(json.loads(json.dumps(describe(chosen)))) == chosen
+    fitting: Any = override(method, [f"net={name}"], like=digits.train)
+    assert fitting.net == nets.room.find(name).defaults(digits.train)  # type: ignore[attr-defined]
+
+
+def test_settings_of_a_named_network_go_with_it_in_any_order() -> None:
+    method = distillers.room.find("dm")()
+    wanted = ["net=resnet18", "net.width=8", "net.downsample=average", "steps=5"]
+    for assignments in (wanted, wanted[::-1]):
+        chosen: Any = override(method, assignments)
+        assert chosen.net == ResNet18(8, "group", "average")
+        assert chosen.steps == 5
+    last: Any = override(method, ["net=lenet", "net.depth=1", "net=mlp"])
+    assert last.net == MLP(depth=1)
+
+
+def test_a_module_is_given_by_name() -> None:
+    method = distillers.room.find("dm")()
+    chosen: Any = override(method, ["net=module:torchvision.models:resnet18"])
+    assert chosen.net == nets.from_module("torchvision.models:resnet18", num_classes="{k}")
+    assert restore(json.loads(json.dumps(describe(chosen)))) == chosen
+    more: Any = override(method, ["net=module:timm:create_model,model_name=vit,num_classes={k},width=8"])
+    assert more.net == nets.from_module("timm:create_model", model_name="vit", num_classes="{k}", width=8)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("net=resnet81", "unknown network 'resnet81'; Did you mean 'resnet18'? Known: alexnet, "),
+        ("net=none", "unknown network 'none'; "),
+        (
+            "net=module:",
+            "a module is named PACKAGE.MODULE:FUNCTION; got ''; torchvision.models:resnet18, say",
+        ),
+        (
+            "net=module:a:b,5",
+            "an argument of a module is written NAME=VALUE; got '5'; module:a:b,num_classes={k}, say",
+        ),
+    ],
+)
+def test_a_network_that_is_not_there_is_said_in_one_line(assignment: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        override(distillers.room.find("dm")(), [assignment])
+    assert str(error.value).startswith(message)
+
+
+def test_settings_of_a_network_that_was_replaced_are_unknown() -> None:
+    with pytest.raises(UserError, match=r"unknown setting of lenet 'depth'; .*Known: norm, width"):
+        override(distillers.room.find("dm")(), ["net.depth=2", "net=lenet"])
 
 
 def test_a_field_that_is_named_twice_takes_the_last() -> None:

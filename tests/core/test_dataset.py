@@ -14,7 +14,7 @@ from distillens.core.checks import UserError
 from distillens.core.dataset import Dataset, Splits, check_per_class, stratified
 from distillens.core.labels import Hard, Labels, Logits, Probabilities, Teacher
 from distillens.core.rng import Key
-from distillens.core.space import Pixel, Space, Standardised
+from distillens.core.space import Pixel, Space, Standardised, Zca
 
 CLASSES = ("cat", "dog", "owl")
 GREY = Standardised((0.5,), (0.25,))
@@ -193,6 +193,24 @@ def test_to_space_changes_the_units_and_nothing_else() -> None:
     torch.testing.assert_close(moved.to_space(Pixel()).images, data.images)
     assert moved.space == GREY
     assert moved.labels.hard().tolist() == data.labels.hard().tolist()
+
+
+def test_many_images_move_as_few_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = dataset()
+    whole = data.to_space(GREY).images
+    monkeypatch.setattr("distillens.core.dataset.ROWS", 2)
+    assert torch.equal(data.to_space(GREY).images, whole)
+    assert [len(part) for part in data.exact_pixels()][:-1] == [2] * ((len(data) - 1) // 2)
+    assert torch.equal(torch.cat(list(data.exact_pixels())), data.pixels())
+
+
+def test_images_that_have_lost_their_pixels_stay_where_they_are() -> None:
+    data = dataset()
+    white = data.to_space(Zca.fit(data.exact_pixels(), "kip"))
+    assert white.to_space(white.space) is white
+    assert white.pixels().shape == data.images.shape  # a likeness, to look at
+    with pytest.raises(UserError, match="images cannot be brought out of the space zca-kip"):
+        white.to_space(Pixel())
 
 
 def test_to_the_same_space_is_the_same_data() -> None:

@@ -34,6 +34,8 @@ LEVELS = {
     "curvature": 2,
     "attribution": 2,
     "runs": 2,
+    "folders": 2,
+    "sessions": 2,
     "plugins": 3,
     "distillers": 3,
     "evaluation": 3,
@@ -155,7 +157,7 @@ def test_imports_only_go_down(module: str) -> None:
         ("distillens.report.html", "from distillens.report.summary import Summary"),
         ("distillens.evaluation.accuracy", "from distillens.evaluation.protocol import WDDL"),
         ("distillens.pipeline", "import distillens\nfrom distillens import analyses, __version__"),
-        ("distillens.studies", "from distillens.pipeline import claim"),
+        ("distillens.studies", "from distillens.pipeline import order\nfrom distillens.folders import claim"),
         ("distillens.cli", "def f():\n    from distillens import pipeline, studies"),
     ],
 )

@@ -15,7 +15,9 @@ from PIL import Image
 
 from distillens import data
 from distillens.core.checks import UserError
+from distillens.core.dataset import Splits
 from distillens.core.rng import Key
+from distillens.core.space import same_space
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +70,64 @@ def test_a_folder_named_like_a_source_needs_its_kind(toys: Path, monkeypatch: py
     monkeypatch.chdir(toys.parent)
     assert data.load("digits").train.shape == (1, 8, 8)
     assert data.load("./digits").train.shape == (1, 6, 5)
+
+
+def test_data_comes_in_a_space_by_name() -> None:
+    plain = data.load("digits")
+    assert data.load("digits", space="standardised").fingerprint == plain.fingerprint
+    pixels = torch.cat([part.pixels() for part in (plain.train, plain.val, plain.test)])
+    found = set()
+    for space in data.SPACES:
+        splits = data.load("digits", space=space)
+        assert (splits.space.name, splits.source) == (space, "digits")
+        assert splits.fingerprint == data.load("digits", space=space).fingerprint
+        assert torch.equal(splits.train.labels.hard(), plain.train.labels.hard())
+        if splits.space.invertible:
+            again = torch.cat([part.pixels() for part in (splits.train, splits.val, splits.test)])
+            torch.testing.assert_close(again, pixels, rtol=0, atol=1e-5)
+        found.add(splits.fingerprint)
+    assert len(found) == len(data.SPACES) == 5
+
+
+@pytest.mark.parametrize("space", data.WHITENED)
+def test_a_whitening_is_fitted_on_the_training_split_alone(space: str) -> None:
+    plain = data.load("digits")
+    other = Splits(plain.train, plain.test, plain.val.take(torch.arange(50)))
+    assert same_space(data.in_space(other, space).space, data.load("digits", space=space).space)
+    less = Splits(plain.train.take(torch.arange(500)), plain.val, plain.test)
+    assert not same_space(data.in_space(less, space).space, data.load("digits", space=space).space)
+    # Every split goes through the same matrix.
+    splits = data.load("digits", space=space)
+    for part, before in ((splits.val, plain.val), (splits.test, plain.test)):
+        torch.testing.assert_close(
+            part.images, splits.space.from_pixels(before.pixels()), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_data_that_is_in_the_space_already_stays_as_it_is() -> None:
+    for space in data.SPACES:
+        splits = data.load("digits", space=space)
+        assert data.in_space(splits, space) is splits
+        assert data.in_space(splits, "standardised") is splits
+
+
+def test_what_has_lost_its_pixels_goes_nowhere_else() -> None:
+    splits = data.load("digits", space="zca-kip")
+    for space in ("pixel", "zca", "zca-frepo"):
+        with pytest.raises(
+            UserError,
+            match="images cannot be brought out of the space zca-kip; got images that have lost their brightness "
+            "and contrast; load the real data again, in the space that is wanted",
+        ):
+            data.in_space(splits, space)
+
+
+def test_an_unknown_space_is_refused_before_anything_is_read() -> None:
+    with pytest.raises(
+        UserError,
+        match=r"unknown space 'zca-kipp'; Did you mean 'zca-kip'\? Known: pixel, standardised, zca,",
+    ):
+        data.load("nowhere.parquet", space="zca-kipp")
 
 
 def test_the_folder_is_the_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

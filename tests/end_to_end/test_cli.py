@@ -78,6 +78,24 @@ def test_evaluate_ask_and_report_go_on_from_a_set(distillens, dm: Path, tmp_path
     assert "Leave-one-out influence" in page and "Accuracy after training" in page
 
 
+def test_a_set_of_another_space_is_made_and_judged_in_it(distillens, dm: Path, tmp_path: Path) -> None:
+    to = tmp_path / "white"
+    order = ["distill", "dm", "--data", "digits", "--ipc", "1", "--to", to, *FAST]
+    done = distillens(*order, "--space", "zca")
+    assert done.returncode == 0, done.stderr
+    refused = distillens(*order)
+    assert refused.returncode == 2
+    assert "was made with other settings" in refused.stderr
+    assert "space 'zca' there, 'standardised' asked for" in refused.stderr
+    evaluated = distillens("evaluate", to, "--nets", "1", "--json")
+    assert evaluated.returncode == 0, evaluated.stderr
+    (accuracy,) = json.loads(evaluated.stdout)
+    assert next(one for one in accuracy["headline"] if one["name"] == "full data")["value"] > 0.9
+    mixed = distillens("evaluate", to, dm, "--nets", "1")
+    assert mixed.returncode == 2
+    assert "the set 'dm' is in another space than the others; got zca and standardised" in mixed.stderr
+
+
 @pytest.mark.parametrize("what", ["distillers", "analyses", "nets", "data", "protocols"])
 def test_list_names_what_there_is(distillens, what: str) -> None:
     rows = json.loads(distillens("list", what, "--json").stdout)
@@ -115,6 +133,10 @@ def mistakes(tmp_path: Path, dm: Path) -> dict[str, tuple[list[str | Path], str]
         "unknown data": (
             ["distill", "dm", "--to", to, "--data", "digitz"],
             "unknown data 'digitz'; Did you mean 'digits'?",
+        ),
+        "unknown space": (
+            ["distill", "dm", "--to", to, "--space", "zcakip"],
+            "unknown space 'zcakip'; Did you mean 'zca-kip'?",
         ),
         "class with too few images": (
             ["distill", "dm", "--to", to, "--ipc", "400"],
@@ -154,7 +176,7 @@ def mistakes(tmp_path: Path, dm: Path) -> dict[str, tuple[list[str | Path], str]
 
 NAMES = [
     "unknown method", "unknown setting", "setting of another type", "setting out of range", "missing path",
-    "unknown data", "class with too few images", "no such device", "folder of other settings",
+    "unknown data", "unknown space", "class with too few images", "no such device", "folder of other settings",
     "folder of somebody else", "file for a folder", "no set there", "corrupt set", "unknown analysis",
     "unknown protocol", "unknown list", "nothing to report", "sizes that are not",
 ]  # fmt: skip

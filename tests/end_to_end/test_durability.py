@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from distillens import pipeline, studies
+from distillens import folders, pipeline, sessions, studies
 from distillens.core import storage
 from distillens.core.checks import UserError
 from distillens.core.config import describe
@@ -126,7 +126,7 @@ def test_a_run_goes_on_with_the_plan_that_it_began_with(
             if what.startswith("distilling") and done == steps:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(pipeline, "plan_for", lambda *_, **__: plan)  # as if the machine had measured so
+        monkeypatch.setattr(sessions, "plan_for", lambda *_, **__: plan)  # as if the machine had measured so
         made = pipeline.distill("mtt", real, settings=MTT, to=tmp_path / "set", force=force, tell=tell)
         return dict(made.provenance.plan)
 
@@ -304,7 +304,7 @@ def test_a_run_that_is_made_again_by_force_and_stopped_meanwhile_goes_on(
 
     work(False)
     before = settled(tmp_path)
-    remove, count = pipeline._remove, iter(range(100))
+    remove, count = folders.remove, iter(range(100))
 
     def stopped(item: Path) -> None:
         if next(count) == removed:
@@ -312,7 +312,7 @@ def test_a_run_that_is_made_again_by_force_and_stopped_meanwhile_goes_on(
         remove(item)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_remove", stopped)
+        patch.setattr(folders, "remove", stopped)
         with pytest.raises(KeyboardInterrupt):
             work(True)
     work(False)

@@ -1,0 +1,141 @@
+"""What methods share that compare features of real and distilled images: views, slopes by class, steps in pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from distillens import augment, cost, kernels
+from distillens.augment import Draw
+from distillens.core.contracts import Buffers, Like, Mode, Net, Params, Problem
+from distillens.core.rng import Key
+from distillens.core.space import Space
+from distillens.distillers import _pixels
+
+Draws = Sequence[Draw | None]  # one a class, the same for its real and its distilled images
+Summary = Callable[[torch.Tensor], torch.Tensor]  # features [m, n, d] -> [m, ...]
+Loss = Callable[[torch.Tensor, slice], torch.Tensor]  # images [m, n, c, h, w] of these classes -> [m]
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """A network that images are looked at through, and in which mode.
+
+    Where training mode mixes images (batch norm), all classes go through as one batch, as in ``main_DM.py``: real and
+    distilled images each with their own statistics. Else as many classes go together as a cache holds.
+    """
+
+    net: Net
+    params: Params
+    buffers: Buffers
+    mode: Mode
+
+    @staticmethod
+    def fresh(net: Net, problem: Problem, key: Key) -> View:
+        """A network that was never trained: it takes the statistics of a batch, where it takes any."""
+        params, buffers = (
+            {name: value.to(problem.real.images) for name, value in part.items()}
+            for part in net.init(problem.real, key)
+        )
+        return View(net, params, buffers, "train")
+
+    def together(self, images: int, like: Like) -> int:
+        """How many classes of so many images go through at once."""
+        return classes_at_once(self.net, self.mode, images, like)
+
+    def features(self, images: torch.Tensor, draws: Draws) -> torch.Tensor:
+        """Features [m, n, d] of the augmented images [m, n, c, h, w] of some classes, all at once."""
+        found, _ = self.net.features(self.params, self.buffers, shown(images, draws), self.mode)
+        return found.reshape(*images.shape[:2], -1)
+
+    def logits(self, images: torch.Tensor, draws: Draws) -> torch.Tensor:
+        """Logits [m, n, k] of the augmented images [m, n, c, h, w] of some classes, all at once."""
+        found, _ = self.net.logits(self.params, self.buffers, shown(images, draws), self.mode)
+        return found.reshape(*images.shape[:2], -1)
+
+    def width(self, problem: Problem) -> int:
+        """d, how many features an image has."""
+        with torch.no_grad():
+            return self.features(problem.real.images[None, :1], [None]).shape[2]
+
+    def targets(self, images: torch.Tensor, draws: Draws, summary: Summary, like: Like) -> torch.Tensor:
+        """A summary [k, ...] of each class's features that no gradient flows through."""
+        step = self.together(images.shape[1], like)
+        with torch.no_grad(), kernels.for_targets():
+            return torch.cat(
+                [
+                    summary(self.features(images[first : first + step], draws[first : first + step]))
+                    for first in range(0, len(images), step)
+                ]
+            )
+
+
+def classes_at_once(net: Net, mode: Mode, images: int, like: Like) -> int:
+    """How many classes of so many images go through a network at once."""
+    if mode == "train" and net.mixes_examples:
+        return like.k
+    return min(like.k, _pixels.classes_together(images, like))
+
+
+def shown(images: torch.Tensor, draws: Draws) -> torch.Tensor:
+    """The images [m, n, c, h, w] of some classes under their draws, as one batch [m * n, c, h, w]."""
+    return torch.cat([augment.apply(own, drawn) for own, drawn in zip(images, draws, strict=True)])
+
+
+def draws_of(strategy: str, key: Key, k: int) -> list[Draw | None]:
+    """One siamese draw a class."""
+    return [augment.draw(strategy, key.fold(c)) for c in range(k)]
+
+
+def slope(
+    images: torch.Tensor, loss: Loss, together: int, classes: range | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses [m] of some classes (all where none are named), and the gradient of their sum [m, n, c, h, w].
+
+    ``images`` [k, n, c, h, w] are those of all classes; ``together`` of them are differentiated at a time.
+    """
+    classes = range(len(images)) if classes is None else classes
+    losses, gradients = [], []
+    for first in range(classes.start, classes.stop, together):
+        part = slice(first, min(first + together, classes.stop))
+        leaf = images[part].detach().requires_grad_()
+        own = loss(leaf, part)
+        gradients.append(torch.autograd.grad(own.sum(), leaf)[0])
+        losses.append(own.detach())
+    return torch.cat(losses), torch.cat(gradients)
+
+
+def by_class(items: torch.Tensor, k: int) -> torch.Tensor:
+    """Class-major items [k * n, ...] as [k, n, ...]."""
+    return items.reshape(k, -1, *items.shape[1:])
+
+
+def per_class(problem: Problem, batch: int) -> int:
+    """How many real images a class gives to a batch."""
+    return min(batch, min(map(len, problem.by_class)))
+
+
+def matching_bytes(net: Net, mode: Mode, problem: Problem, real: int, distilled: int) -> float:
+    """Bytes of a step: the distilled images' graph, as many classes as go together, and real ones without a graph."""
+    one = cost.cost(net, problem.real)
+    ours, theirs = (classes_at_once(net, mode, n, problem.real) * n for n in (distilled, real))
+    # Without a graph no more than two layers are alive at once: a third of it at most.
+    return ours * one.first + theirs * one.first / 3
+
+
+def in_pixels(
+    space: Space, images: torch.Tensor, gradient: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and a gradient in units of pixels, where authors step; as they are where pixels are not known exactly."""
+    if not getattr(space, "invertible", True):
+        return images, gradient
+    leaf = space.to_pixels(images).detach().requires_grad_()
+    (pulled,) = torch.autograd.grad(space.from_pixels(leaf), leaf, gradient)
+    return leaf.detach(), pulled
+
+
+def out_of_pixels(space: Space, images: torch.Tensor) -> torch.Tensor:
+    """The way back from ``in_pixels``."""
+    return space.from_pixels(images) if getattr(space, "invertible", True) else images
