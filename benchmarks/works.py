@@ -28,7 +28,7 @@ from distillens.core.dataset import Dataset, Splits
 from distillens.core.labels import Hard
 from distillens.core.space import Pixel
 from distillens.core.vector import Shapes
-from distillens.distillers._pixels import fresh
+from distillens.distillers._gradient import Network, trained
 from distillens.distillers.dc import DC
 from distillens.distillers.dm import DM
 from distillens.distillers.mtt import MTT
@@ -243,12 +243,12 @@ def _dc_training_reference() -> Side:
 
 def _dc_training_ours(plan: Plan) -> Side:
     given, method = problem(), DC(inner_loop=PASSES)
-    images = method.start(given).tensors["images"]
-    params = fresh(method.net, given, KEY)
+    images, labels = method.start(given).tensors["images"], given.labels()
+    network = Network.fresh(method.net, given, KEY)
     # The method's own piece: between two matching steps it cannot be told from them on a clock.
     return Side(
-        lambda: method._train(given, params, images, KEY),
-        lambda: replace(method, inner_loop=1)._train(given, params, images, KEY),
+        lambda: trained(network, images, labels, method.training(given), KEY),
+        lambda: trained(network, images, labels, replace(method, inner_loop=1).training(given), KEY),
     )
 
 

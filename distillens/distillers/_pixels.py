@@ -9,7 +9,7 @@ import torch
 
 from distillens.core.artefact import DistilledDataset
 from distillens.core.checks import DivergedError, UserError
-from distillens.core.contracts import Like, Net, Params, Problem, State
+from distillens.core.contracts import Buffers, Like, Net, Params, Problem, State
 from distillens.core.dataset import check_per_class
 from distillens.core.decode import Decode, Pixels
 from distillens.core.labels import Hard, Labels
@@ -49,15 +49,24 @@ def initial(problem: Problem, init: Init) -> torch.Tensor:
     return key.normal(problem.real.k * problem.ipc, *problem.real.shape).to(problem.real.images)
 
 
+def drawn(net: Net, problem: Problem, key: Key) -> tuple[Params, Buffers]:
+    """Fresh parameters and buffers of a network, where the real images live."""
+    params, buffers = net.init(problem.real, key)
+    return (
+        {name: value.to(problem.real.images) for name, value in params.items()},
+        {name: value.to(problem.real.images) for name, value in buffers.items()},
+    )
+
+
 def fresh(net: Net, problem: Problem, key: Key) -> Params:
     """Fresh parameters of a network that is differentiated through, where the real images live.
 
     Raises:
         UserError: the network remembers something between steps, which no gradient flows through.
     """
-    params, buffers = net.init(problem.real, key)
+    params, buffers = drawn(net, problem, key)
     refuse_buffers(net, buffers)
-    return {name: value.to(problem.real.images) for name, value in params.items()}
+    return params
 
 
 def refuse_buffers(net: Net, buffers: Mapping[str, torch.Tensor]) -> None:

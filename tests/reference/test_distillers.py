@@ -18,9 +18,10 @@ from distillens.core.rng import Key
 from distillens.core.vector import Shapes
 from distillens.data.planted import planted
 from distillens.distillers import _pixels
+from distillens.distillers._gradient import cosine
 from distillens.distillers._pixels import initial, real_batch
 from distillens.distillers.bptt import BPTT
-from distillens.distillers.dc import DC, distance
+from distillens.distillers.dc import DC
 from distillens.distillers.dm import DM
 from distillens.distillers.herding import Herding, herd
 from distillens.distillers.mtt import MTT
@@ -230,11 +231,11 @@ def test_dcs_distance_is_one_minus_cosine_summed_over_output_units() -> None:
     first, second = (
         tuple(Key(s).fold(i).normal(*shape).double() for i, shape in enumerate(shapes)) for s in (1, 2)
     )
-    assert float(distance(first, second)) == pytest.approx(float(slow_distance(first, second)), rel=1e-12)
-    assert float(distance(first, first)) == pytest.approx(0, abs=1e-4)
-    assert float(distance(first, tuple(-x for x in first))) == pytest.approx(2 * (4 + 5 + 2), abs=1e-4)
+    assert float(cosine(first, second)) == pytest.approx(float(slow_distance(first, second)), rel=1e-12)
+    assert float(cosine(first, first)) == pytest.approx(0, abs=1e-4)
+    assert float(cosine(first, tuple(-x for x in first))) == pytest.approx(2 * (4 + 5 + 2), abs=1e-4)
     longer = tuple(3 * x for x in second)
-    assert float(distance(first, longer)) == pytest.approx(float(distance(first, second)), abs=1e-5)
+    assert float(cosine(first, longer)) == pytest.approx(float(cosine(first, second)), abs=1e-5)
 
 
 @pytest.mark.usefixtures("classes_in_chunks")

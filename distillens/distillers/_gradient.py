@@ -1,0 +1,343 @@
+"""What methods share that match the gradients of classes: the network, the match, its training in between."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from distillens import augment, cost, kernels
+from distillens.augment import Draw, Mix
+from distillens.core.artefact import DistilledDataset
+from distillens.core.checks import at_least, one_of, positive
+from distillens.core.contracts import Buffers, Like, Log, Net, Params, Problem, State, logits_of_many
+from distillens.core.recipe import Recipe
+from distillens.core.rng import Key
+from distillens.core.vector import Shapes
+from distillens.distillers._pixels import (
+    Init,
+    begin,
+    check_finite,
+    classes_together,
+    drawn,
+    finished,
+    initial,
+    moved,
+    real_batch,
+)
+from distillens.nets.convnet import ConvNet
+
+SETTLE = 16  # real images a class that set the statistics of batch norm (``BNSizePC`` of DC's code)
+
+# Gradients [rows, ...] of some weights, twice -> how far they are apart; rows are output units of all classes.
+Distance = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], torch.Tensor]
+# Stored images [m, n, c, h, w] of the m classes from the given one on -> those to train on, [m, n', c, h, w].
+Decoding = Callable[[torch.Tensor, int], torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A network on its way through training: parameters [P], SGD's velocity [P], and what it remembers itself."""
+
+    net: Net
+    shapes: Shapes
+    flat: torch.Tensor
+    velocity: torch.Tensor
+    buffers: Buffers
+
+    @staticmethod
+    def fresh(net: Net, problem: Problem, key: Key) -> Network:
+        """A network at rest, where the real images live."""
+        params, buffers = drawn(net, problem, key)
+        shapes = Shapes.of(params)
+        flat = shapes.flatten(params)
+        return Network(net, shapes, flat, torch.zeros_like(flat), buffers)
+
+    @staticmethod
+    def recalled(net: Net, problem: Problem, tensors: Mapping[str, torch.Tensor]) -> Network:
+        """The network that ``tensors`` wrote down."""
+        params, buffers = net.init(problem.real, Key(0))  # for its names and shapes alone
+        kept = {name: tensors[f"net.buffer.{name}"] for name in buffers}
+        return Network(net, Shapes.of(params), tensors["net"], tensors["net.velocity"], kept)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The network as tensors by name, for a state."""
+        kept = {f"net.buffer.{name}": value for name, value in self.buffers.items()}
+        return {"net": self.flat, "net.velocity": self.velocity, **kept}
+
+    @property
+    def params(self) -> Params:
+        """The parameters by name."""
+        return self.shapes.unflatten(self.flat)
+
+    def settled(self, problem: Problem, key: Key) -> Network:
+        """The network with the statistics that matching holds constant; as it is where it remembers nothing.
+
+        As DC's code has it: one pass in training mode over 16 real images of every class together.
+        """
+        if not self.buffers:
+            return self
+        images = real_batch(problem, key, SETTLE).flatten(0, 1)
+        with torch.no_grad():
+            _, buffers = self.net.logits(self.params, self.buffers, images, "train")
+        return replace(self, buffers=buffers)
+
+    def stepped(self, images: torch.Tensor, labels: torch.Tensor, mix: Mix | None, recipe: Recipe) -> Network:
+        """The network after one step of SGD on the mean loss of a batch; with CutMix, on both labels of each image."""
+        leaf = self.flat.detach().requires_grad_()
+        seen = images if mix is None else mix.images(images)
+        logits, buffers = self.net.logits(self.shapes.unflatten(leaf), self.buffers, seen, "train")
+        loss = F.cross_entropy(logits, labels)
+        if mix is not None:
+            share, partners = mix.share(images), labels[mix.partner.to(labels.device)]
+            loss = (1 - share) * loss + share * F.cross_entropy(logits, partners)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        if recipe.weight_decay:
+            gradient = gradient + recipe.weight_decay * self.flat
+        velocity = recipe.momentum * self.velocity + gradient if recipe.momentum else gradient
+        after = {name: value.detach() for name, value in buffers.items()}
+        return replace(self, flat=self.flat - recipe.lr * velocity, velocity=velocity, buffers=after)
+
+
+def trained(
+    network: Network, images: torch.Tensor, labels: torch.Tensor, recipe: Recipe, key: Key
+) -> Network:
+    """The network after ``recipe.steps`` of SGD; batches run through a fresh permutation each pass.
+
+    Raises:
+        DivergedError: the parameters are not finite; the state before the step is kept.
+    """
+    labels = labels.to(images.device)
+    batch = recipe.batch or len(images)
+    a_pass = math.ceil(len(images) / batch)
+    order: tuple[torch.Tensor, ...] = ()
+    for step in range(recipe.steps):
+        if step % a_pass == 0:
+            order = torch.split(key.fold(step // a_pass).permutation(len(images)), batch)
+        index = order[step % a_pass]
+        draw = augment.draw(recipe.augment, key.fold("augment", step), len(index))
+        h, w = images.shape[2:]
+        mix = augment.draw_mix(recipe.cutmix, key.fold("cutmix", step), len(index), (h, w))
+        network = network.stepped(augment.apply(images[index], draw), labels[index], mix, recipe)
+    check_finite(network.flat, "the inner network", "lr_net")
+    return network
+
+
+@dataclass(frozen=True, eq=False)
+class Match:
+    """How gradients of classes are matched: those of which weights, how far apart, what the network sees.
+
+    ``draws`` is one siamese augmentation a class, for its real and its distilled images; ``shown`` is how many images a
+    class the decoding gives.
+    """
+
+    weights: tuple[str, ...]
+    distance: Distance
+    draws: Sequence[Draw | None]
+    shown: int
+    decode: Decoding
+
+    def __call__(
+        self, network: Network, like: Like, real: torch.Tensor, images: torch.Tensor
+    ) -> tuple[float, torch.Tensor]:
+        """The distance, and its gradient [k * n, c, h, w] in the stored images [k, n, c, h, w].
+
+        As many classes at a time as a cache holds: the distance is a sum over classes, so it is the same.
+        """
+        k = len(images)
+        total, pieces, targets = 0.0, [], []
+        with kernels.for_targets():
+            together = classes_together(real.shape[1], like)
+            for first in range(0, k, together):
+                seen = self._augmented(real[first : first + together], first)
+                targets.append(self._gradients(network, seen, first, keep=False))
+        target = [torch.cat(parts) for parts in zip(*targets, strict=True)]
+        together = classes_together(self.shown, like)
+        for first in range(0, k, together):
+            leaf = images[first : first + together].detach().requires_grad_()
+            seen = self._augmented(self.decode(leaf, first), first)
+            rows = [t.reshape(k, -1, *t.shape[1:])[first : first + together].flatten(0, 1) for t in target]
+            loss = self.distance(rows, self._gradients(network, seen, first, keep=True))
+            pieces.append(torch.autograd.grad(loss, leaf)[0].flatten(0, 1))
+            total += float(loss.detach())
+        return total, torch.cat(pieces)
+
+    def _augmented(self, images: torch.Tensor, first: int) -> torch.Tensor:
+        """The images [m, n, c, h, w] of the classes from ``first`` on, each class under its draw."""
+        draws = self.draws[first : first + len(images)]
+        if not any(draws):
+            return images
+        return torch.stack([augment.apply(own, draw) for own, draw in zip(images, draws, strict=True)])
+
+    def _gradients(self, network: Network, x: torch.Tensor, first: int, keep: bool) -> list[torch.Tensor]:
+        """The gradients [m * units, ...] of each class's mean loss on its images [m, n, c, h, w].
+
+        A class's gradient is that of a network of its own: the classes are a population with the same parameters.
+        """
+        m = len(x)
+        leaves = {
+            n: p.detach().expand(m, *p.shape).clone().requires_grad_() for n, p in network.params.items()
+        }
+        buffers = {name: value.expand(m, *value.shape) for name, value in network.buffers.items()}
+        logits, _ = logits_of_many(network.net, leaves, buffers, x, "evaluate")
+        labels = torch.arange(first, first + m, device=x.device).repeat_interleave(x.shape[1])
+        loss = m * F.cross_entropy(logits.flatten(0, 1), labels)
+        weights = [leaves[name] for name in self.weights]
+        return [g.flatten(0, 1) for g in torch.autograd.grad(loss, weights, create_graph=keep)]
+
+
+def as_they_are(images: torch.Tensor, first: int) -> torch.Tensor:
+    """Stored images that are those to train on."""
+    return images
+
+
+def cosine(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor], eps: float = 1e-6) -> torch.Tensor:
+    """Sum over weights and their output units of 1 - cosine (DC's equation 9); rows are output units."""
+    total = first[0].new_zeros(())
+    for a, b in zip(first, second, strict=True):
+        a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
+        alike = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + eps)
+        total = total + (1 - alike).sum()
+    return total
+
+
+def squared(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Sum of squared differences."""
+    return torch.stack([(a - b).square().sum() for a, b in zip(first, second, strict=True)]).sum()
+
+
+def absolute(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Sum of absolute differences."""
+    return torch.stack([(a - b).abs().sum() for a, b in zip(first, second, strict=True)]).sum()
+
+
+def match_work(problem: Problem, batch_real: int, shown: int) -> float:
+    """Forward passes of one match: 2.9 a real image and 7.8 a distilled one."""
+    return problem.real.k * (2.9 * real_images(problem, batch_real) + 7.8 * shown)
+
+
+def match_memory(net: Net, problem: Problem, batch_real: int, shown: int) -> float:
+    """Bytes of the classes that are taken together: second order for the distilled images, first for the real."""
+    one, like = cost.cost(net, problem.real), problem.real
+    real = real_images(problem, batch_real)
+    ours, theirs = (min(like.k, classes_together(n, like)) for n in (shown, real))
+    return max(ours * one.step(shown), theirs * real * one.first)
+
+
+def real_images(problem: Problem, batch_real: int) -> int:
+    """Real images a class in a match: no more than the smallest class has."""
+    return min(batch_real, min(map(len, problem.by_class)))
+
+
+@dataclass(frozen=True)
+class Alternating(ABC):
+    """Settings and pieces of matching under a network that is trained on the distilled set in turn.
+
+    One step of ours is one outer iteration of the authors': a fresh network, ``outer_loop`` matching steps,
+    ``inner_loop`` passes of training on S after each but the last. Where the network remembers statistics (batch norm), a pass
+    over 16 real images a class sets them before each match, which holds them constant; training moves them on.
+    """
+
+    paper: ClassVar[str] = ""
+    family: ClassVar[str] = "gradient"
+    selects: ClassVar[bool] = False
+    soft_labels: ClassVar[bool] = False
+    learns_lr: ClassVar[bool] = False
+    needs_experts: ClassVar[bool] = False
+
+    steps: int = 1000
+    outer_loop: int = 1
+    inner_loop: int = 1
+    lr_img: float = 0.1
+    momentum: float = 0.5
+    lr_net: float = 0.01
+    batch_real: int = 256
+    batch_train: int = 256
+    init: Init = "noise"
+    net: Net = field(default_factory=ConvNet)
+
+    def __post_init__(self) -> None:
+        name = type(self).__module__.rpartition(".")[2]
+        at_least(0, name, steps=self.steps, momentum=self.momentum, inner_loop=self.inner_loop)
+        positive(name, lr_img=self.lr_img, lr_net=self.lr_net)
+        at_least(
+            1, name, outer_loop=self.outer_loop, batch_real=self.batch_real, batch_train=self.batch_train
+        )
+        one_of("init", self.init, ("real", "noise"))
+        augment.parse(self.strategy)
+
+    @property
+    @abstractmethod
+    def strategy(self) -> str:
+        """How images are augmented, "" for not at all: one draw a class in matching, one an image in training."""
+
+    def needs(self, problem: Problem) -> Mapping[str, Any]:
+        """Nothing."""
+        return {}
+
+    def start(self, problem: Problem) -> State:
+        """The initial images."""
+        return begin(initial(problem, self.init))
+
+    def step(self, problem: Problem, state: State, i: int) -> tuple[State, Log]:
+        """One outer iteration: a fresh network is matched and trained in turn."""
+        key = problem.key.fold("step", i)
+        network = Network.fresh(self.net, problem, key.fold("net"))
+        weights = tuple(name for name, p in network.params.items() if p.ndim > 1)
+        k = problem.real.k
+        total = 0.0
+        for turn in range(self.outer_loop):
+            place = key.fold("turn", turn)
+            network = network.settled(problem, place.fold("settle"))
+            real = real_batch(problem, place.fold("real"), self.batch_real)
+            draws = [augment.draw(self.strategy, place.fold("augment", c)) for c in range(k)]
+            match = Match(weights, cosine, draws, problem.ipc, as_they_are)
+            images = state.tensors["images"]
+            own = images.reshape(k, problem.ipc, *images.shape[1:])
+            loss, gradient = match(network, problem.real, real, own)
+            state = moved(state, gradient, self.lr_img, self.momentum)
+            total += loss
+            if turn < self.outer_loop - 1:
+                images, labels = state.tensors["images"], problem.labels()
+                network = trained(network, images, labels, self.training(problem), place.fold("train"))
+        return state, {"loss": total / self.outer_loop}
+
+    def training(self, problem: Problem) -> Recipe:
+        """What the network goes through between two matches: plain SGD on the distilled images."""
+        batches = math.ceil(problem.real.k * problem.ipc / self.batch_train)
+        return Recipe(
+            steps=self.inner_loop * batches,
+            batch=self.batch_train,
+            lr=self.lr_net,
+            momentum=0.0,
+            augment=self.strategy,
+        )
+
+    def work(self, problem: Problem) -> float:
+        """Those of the matches, and 2.9 an image that the network is trained on."""
+        matching = self.outer_loop * match_work(problem, self.batch_real, problem.ipc)
+        training = (self.outer_loop - 1) * self.inner_loop * problem.real.k * problem.ipc * 2.9
+        return self.steps * (matching + training)
+
+    def memory(self, problem: Problem) -> float:
+        """That of a match."""
+        return match_memory(self.net, problem, self.batch_real, problem.ipc)
+
+    def finish(self, problem: Problem, state: State) -> DistilledDataset:
+        """The images."""
+        return finished(problem, state.tensors["images"])
+
+
+# Matching steps and training passes between them, by images a class (``get_loops`` of the authors' code).
+LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
+
+
+def loops(ipc: int) -> dict[str, Any]:
+    """The authors' loops: the nearest row of their table."""
+    outer, inner = LOOPS[min(LOOPS, key=lambda known: abs(known - ipc))]
+    return {"outer_loop": outer, "inner_loop": inner}
