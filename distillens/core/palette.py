@@ -29,6 +29,8 @@ _KNOWN = {
     "forgetting": "#C08497",
     "m3d": "#2F4B9C",
     "ncfm": "#17799C",
+    "dsa": "#4DAF8C",
+    "idc": "#A6B92F",
 }
 _OTHERS = ("#E7298A", "#1F9E9E", "#3B528B", "#B5A000", "#A0522D", "#5E8C31")
 

@@ -11,7 +11,6 @@ from distillens import augment, cost, kernels
 from distillens.augment import Draw
 from distillens.core.contracts import Buffers, Like, Mode, Net, Params, Problem
 from distillens.core.rng import Key
-from distillens.core.space import Space
 from distillens.distillers import _pixels
 
 Draws = Sequence[Draw | None]  # one a class, the same for its real and its distilled images
@@ -123,19 +122,3 @@ def matching_bytes(net: Net, mode: Mode, problem: Problem, real: int, distilled:
     ours, theirs = (classes_at_once(net, mode, n, problem.real) * n for n in (distilled, real))
     # Without a graph no more than two layers are alive at once: a third of it at most.
     return ours * one.first + theirs * one.first / 3
-
-
-def in_pixels(
-    space: Space, images: torch.Tensor, gradient: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images and a gradient in units of pixels, where authors step; as they are where pixels are not known exactly."""
-    if not getattr(space, "invertible", True):
-        return images, gradient
-    leaf = space.to_pixels(images).detach().requires_grad_()
-    (pulled,) = torch.autograd.grad(space.from_pixels(leaf), leaf, gradient)
-    return leaf.detach(), pulled
-
-
-def out_of_pixels(space: Space, images: torch.Tensor) -> torch.Tensor:
-    """The way back from ``in_pixels``."""
-    return space.from_pixels(images) if getattr(space, "invertible", True) else images

@@ -59,3 +59,41 @@ def in_range(images: torch.Tensor, space: Space) -> torch.Tensor:
     # An image that lies within already keeps its bits, which the way to pixels and back would change.
     within = (pixels == clamped).flatten(1).all(1)[:, None, None, None]
     return torch.where(within, images, space.from_pixels(clamped))
+
+
+def in_pixels(
+    space: Space, images: torch.Tensor, gradient: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and a gradient in units of pixels, where authors step; as they are where pixels are not known exactly."""
+    if not space.invertible:
+        return images, gradient
+    pixels = space.to_pixels(images)
+    return pixels, pulled_back(space, pixels, gradient)
+
+
+def out_of_pixels(space: Space, images: torch.Tensor) -> torch.Tensor:
+    """The way back from ``in_pixels``."""
+    return space.from_pixels(images) if space.invertible else images
+
+
+def per_pixel(space: Space, images: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """What moves images of a space by SGD as their pixels would be moved; the gradient where pixels are not known exactly.
+
+    With J the derivative of the way from pixels, theirs is J' g, and the step that it becomes here J J' g: on a
+    standardised space g / std^2.
+    """
+    if not space.invertible:
+        return gradient
+    leaf = space.to_pixels(images).detach().requires_grad_()
+    along = torch.zeros_like(gradient).requires_grad_()
+    (pulled,) = torch.autograd.grad(space.from_pixels(leaf), leaf, along, create_graph=True)
+    # Linear in what it is given, so that its derivative in that is the way there.
+    (step,) = torch.autograd.grad(pulled, along, pulled_back(space, leaf, gradient))
+    return step
+
+
+def pulled_back(space: Space, pixels: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """A gradient in the units of a space as one in pixels."""
+    leaf = pixels.detach().requires_grad_()
+    (pulled,) = torch.autograd.grad(space.from_pixels(leaf), leaf, gradient)
+    return pulled

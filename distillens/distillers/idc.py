@@ -17,8 +17,7 @@ from distillens.core.dataset import Dataset
 from distillens.core.decode import MultiFormation
 from distillens.core.recipe import Recipe
 from distillens.core.rng import Key
-from distillens.core.space import Space, Standardised
-from distillens.distillers._formations import decoded, in_range, mixed
+from distillens.distillers._formations import decoded, in_range, mixed, per_pixel
 from distillens.distillers._gradient import (
     Match,
     Network,
@@ -193,7 +192,7 @@ class IDC:
         real = real_batch(problem, key.fold("real"), self.batch_real)
         stored = state.tensors["images"]
         loss, gradient = match(network, problem.real, real, stored.reshape(k, n, *stored.shape[1:]))
-        gradient = per_pixel(gradient, problem.real.space)
+        gradient = per_pixel(problem.real.space, stored, gradient)
         state = self._coasted(moved(state, gradient, rate, self.momentum), after, rate)
 
         if (i + 1) % (self.inner_loop * self.fix_iter) == 0:
@@ -272,14 +271,3 @@ class IDC:
         """The stored images, and how they decode."""
         decode = MultiFormation(self.factor) if self.factor > 1 else AS_THEY_ARE
         return finished(problem, state.tensors["images"], decode=decode)
-
-
-def per_pixel(gradient: torch.Tensor, space: Space) -> torch.Tensor:
-    """The gradient that moves images of a standardised space as SGD moves their pixels.
-
-    Pixels are std x + mean: their gradient is one std smaller, and so is the step that they take. Elsewhere as it is.
-    """
-    if not isinstance(space, Standardised):
-        return gradient
-    std = torch.tensor(space.std, dtype=gradient.dtype, device=gradient.device)
-    return gradient / std.square()[:, None, None]

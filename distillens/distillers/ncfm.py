@@ -26,13 +26,11 @@ from distillens.distillers._features import (
     by_class,
     classes_at_once,
     draws_of,
-    in_pixels,
     matching_bytes,
-    out_of_pixels,
     per_class,
     slope,
 )
-from distillens.distillers._formations import decoded, in_range, mixed
+from distillens.distillers._formations import decoded, in_pixels, in_range, mixed, out_of_pixels
 from distillens.distillers._pixels import (
     AS_THEY_ARE,
     Init,

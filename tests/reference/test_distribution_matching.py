@@ -19,7 +19,8 @@ from distillens.core.rng import Key
 from distillens.core.storage import fingerprint
 from distillens.data.planted import planted
 from distillens.distillers import _pixels
-from distillens.distillers._features import View, draws_of, in_pixels, out_of_pixels, slope
+from distillens.distillers._features import View, draws_of, slope
+from distillens.distillers._formations import in_pixels, out_of_pixels
 from distillens.distillers._pixels import real_batch
 from distillens.distillers.dm import DM
 from distillens.distillers.m3d import M3D, WIDTHS, discrepancy
