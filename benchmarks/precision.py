@@ -97,7 +97,7 @@ def verdict(differences: list[float]) -> dict[str, Any]:
 def main(spec: str, question: str, pairs: int, steps: int) -> None:
     settle_process()
     real = load(spec)
-    plan = chosen_plan(real)
+    plan = chosen_plan(real, precision="float32")
     saved = read_json(PATH) if PATH.is_file() else {"margin": MARGIN, "rows": []}
     name = {
         "question": question,

@@ -2,6 +2,7 @@
 
     python benchmarks/study.py digits                 # the quick preset, made in runs/digits where it is missing
     python benchmarks/study.py trajectories           # on digits too: the methods that follow or differentiate training
+    python benchmarks/study.py matching               # on digits too: those that match gradients or distributions, or regress
     python benchmarks/study.py coresets               # on digits too: the methods that choose real images
     python benchmarks/study.py cifar10 runs/cifar10   # from a folder that a study has finished
 
@@ -25,6 +26,7 @@ STUDIES: dict[str, tuple[str, dict[str, Any]]] = {
         "digits",
         {"methods": ("mtt", "tesla", "ftd", "datm", "wang2018", "bptt", "rtp", "rat_bptt")},
     ),
+    "matching": ("digits", {"methods": ("dsa", "idc", "m3d", "ncfm", "kip", "frepo")}),
     # Herding and a random subset stand beside every study.
     "coresets": ("digits", {"methods": ("k_center", "k_means", "el2n", "grand", "forgetting")}),
 }

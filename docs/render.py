@@ -226,6 +226,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "engine precision": precision_table,
     "tesla": tesla_table,
     "trajectories accuracy": lambda: accuracy_table("trajectories"),
+    "matching accuracy": lambda: accuracy_table("matching"),
+    "coresets accuracy": lambda: accuracy_table("coresets"),
     "cifar10 curves": lambda: curve_table("cifar10"),
     "digits accuracy": lambda: accuracy_table("digits"),
     "digits claims": lambda: claims_table("digits"),
