@@ -151,15 +151,22 @@ def test_the_orders_of_a_study_have_their_own_keys(digits: Splits) -> None:
     assert Key(0, ("distil", "dm", 10, 3)) in keys
 
 
-def test_the_command_of_a_set_keeps_the_studys_threads(monkeypatch) -> None:
+def test_the_command_of_a_set_keeps_the_studys_threads(monkeypatch, tmp_path: Path) -> None:
+    from distillens import tuning
     from distillens.data.planted import planted
     from distillens.engine import plan
+    from distillens.kernels import planes
 
     monkeypatch.setattr(plan, "cores", lambda: 4)
     monkeypatch.setattr(studies, "cores", lambda: 4)
+    # As on a machine where four threads are four times as fast as one.
+    monkeypatch.setattr(planes, "folder", lambda: tmp_path)
+    monkeypatch.setattr(tuning, "_seconds", lambda asked, plan, batch, models: models / plan.threads)
+    tuning._measured.cache_clear()
     real = planted(Key(1), shape=(1, 20, 20), per_class=12)
     study = studies.design(real, methods=("dm",), ipc=(1,), preset="smoke", replicates=1)
     about = studies._about(study, studies.Forecast(0, 0, 0.0), {})
     assert study.plan.threads == 1
     assert plan.Plan.resolve(real.train).threads == 4
-    assert all(one["command"].endswith("--threads 1") for one in about["sets"])
+    assert all(one["command"].endswith("--precision float32 --threads 1") for one in about["sets"])
+    tuning._measured.cache_clear()
