@@ -17,7 +17,7 @@ from distillens.core.artefact import DistilledDataset
 from distillens.core.checks import UserError
 from distillens.core.contracts import Problem, Sets
 from distillens.core.dataset import Dataset, Splits
-from distillens.core.labels import Hard, Logits, Targets
+from distillens.core.labels import Hard, Labels, Logits, Targets, Teacher
 from distillens.core.recipe import Recipe
 from distillens.core.result import Result
 from distillens.core.rng import Key
@@ -143,14 +143,26 @@ def test_mixed_images_are_nested_shared_and_never_the_baselines(digits: Splits) 
     assert grid["a"][0][1].keys == grid["random_subset"][0][1].keys
 
 
-def test_soft_labels_mix_with_real_hard_ones_and_targets_are_refused(digits: Splits, runs: Runs) -> None:
-    base = class_means(digits)
-    soft = replace(base, labels=Logits(5 * torch.eye(10)))
+@pytest.mark.parametrize("labels", [Logits(5 * torch.eye(10)), Targets(2 * torch.eye(10) - 0.2)])
+def test_soft_labels_mix_with_real_hard_ones(labels: Labels, digits: Splits, runs: Runs) -> None:
+    soft = replace(class_means(digits), labels=labels)
+    grid = Mixing((0, 2), SHORT, TINY)._grid(Sets({"soft": (soft,)}), digits, KEY)
+    mixed = grid["soft"][0][1].data
+    assert len(mixed) == 30 and mixed.labels.hard()[10:].bincount().tolist() == [2] * 10
+    (values,) = mixed.labels.tensors().values()
+    if labels.kind == "targets":  # as long as the distilled ones
+        assert mixed.labels.kind == "targets"
+        torch.testing.assert_close(values[10:], values[mixed.labels.hard()[10:]])
+    else:
+        assert bool((values[10:].amax(1) == 1).all())
     result = Mixing((0, 2), SHORT, TINY)(Sets({"soft": (soft,)}), digits, runs, key=KEY)
     assert result.curves["soft"].shape == (1, 1, 2)
-    regression = replace(base, labels=Targets(torch.eye(10)))
-    with pytest.raises(UserError, match="targets labels cannot stand beside real hard labels"):
-        Mixing((0, 2), SHORT, TINY)(Sets({"t": (regression,)}), digits, runs, key=KEY)
+
+
+def test_a_teachers_labels_do_not_mix(digits: Splits, runs: Runs) -> None:
+    taught = replace(class_means(digits), labels=Teacher("theirs", torch.zeros(2, 10, 10), 0))
+    with pytest.raises(UserError, match="teacher labels cannot stand beside real hard labels"):
+        Mixing((0, 2), SHORT, TINY)(Sets({"t": (taught,)}), digits, runs, key=KEY)
 
 
 def test_too_many_real_images_are_refused(digits: Splits, runs: Runs) -> None:

@@ -13,7 +13,7 @@ from distillens.core.artefact import DistilledDataset
 from distillens.core.checks import UserError, at_least
 from distillens.core.contracts import Net, Sets
 from distillens.core.dataset import Dataset, Splits
-from distillens.core.labels import Probabilities
+from distillens.core.labels import Hard, Labels, Probabilities, Targets
 from distillens.core.palette import colour
 from distillens.core.recipe import Recipe
 from distillens.core.result import Claim, Estimate, Result, Table, units
@@ -110,20 +110,9 @@ class Mixing:
         added = self._added(
             real.train, sets.random[r] if r < len(sets.random) else None, key.fold("added", r), k
         )
-        if data.labels.kind == "hard":
-            return data.joined(added)
-        if data.labels.kind not in ("probabilities", "logits"):
-            raise UserError(f"mixing: {data.labels.kind} labels cannot stand beside real hard labels")
-        own = next(iter(data.labels.tensors().values()))
-        soft = Probabilities(own.softmax(-1) if data.labels.kind == "logits" else own)
-        return Dataset(data.images, soft, data.classes, data.space).joined(
-            Dataset(
-                added.images,
-                Probabilities(F.one_hot(added.labels.hard(), added.k).to(own)),
-                added.classes,
-                added.space,
-            )
-        )
+        own, theirs = _of_one_kind(data.labels, added.labels.hard(), data.k)
+        ours = Dataset(data.images, own, data.classes, data.space)
+        return ours.joined(Dataset(added.images, theirs, added.classes, added.space))
 
     def _added(self, train: Dataset, baseline: DistilledDataset | None, key: Key, k: int) -> Dataset:
         taken = set() if baseline is None else set(map(_bytes, baseline.dataset().images))
@@ -144,6 +133,28 @@ class Mixing:
                 )
             index += chosen
         return train.take(torch.tensor(index))
+
+
+def _of_one_kind(labels: Labels, real: torch.Tensor, k: int) -> tuple[Labels, Labels]:
+    """Distilled labels, and the real classes [n], as labels of one kind.
+
+    Beside regression targets a class is centred one-hot, as kernel methods code it, as long as theirs are on average.
+
+    Raises:
+        UserError: a teacher's labels belong to views of their own images.
+    """
+    if labels.kind == "hard":
+        return labels, Hard(real)
+    if labels.kind not in ("probabilities", "logits", "targets"):
+        raise UserError(f"mixing: {labels.kind} labels cannot stand beside real hard labels")
+    (values,) = labels.tensors().values()
+    one_hot = F.one_hot(real, k).to(values)
+    if labels.kind != "targets":
+        soft = values.softmax(-1) if labels.kind == "logits" else values
+        return Probabilities(soft), Probabilities(one_hot)
+    coded = F.one_hot(labels.hard(), k).to(values) - 1 / k
+    length = (values * coded).sum() / coded.square().sum()
+    return labels, Targets(length * (one_hot - 1 / k))
 
 
 @dataclass(frozen=True, eq=False)
