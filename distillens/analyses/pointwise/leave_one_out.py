@@ -323,7 +323,8 @@ class LeaveOneOutResult(Result):
         ax.axvline(0, color="grey", lw=1, ls=":")
         ax.set_xlabel("agreement between initialisations (rank correlation over test images)")
         ax.set_ylabel("own-class share above chance")
-        ax.legend(frameon=False, fontsize=8)
+        if ax.get_legend_handles_labels()[0]:  # with one initialisation nothing can agree
+            ax.legend(frameon=False, fontsize=8)
         ax.spines[["top", "right"]].set_visible(False)
 
 
