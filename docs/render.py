@@ -219,11 +219,59 @@ def precision_table() -> str:
     return "\n".join(lines)
 
 
+def whitening_table() -> str:
+    """What a whitened space costs by image size, and a forecast for 64 px."""
+    rows = json.loads((RESULTS / "whitening.json").read_text())["rows"]
+    largest = rows[-1]
+    d, n = 3 * 64 * 64, 100_000  # Tiny ImageNet
+    far = d / largest["d"]
+    eigenvectors = largest["eigenvectors"] * far**3
+    sums = (largest["fit"] - largest["eigenvectors"]) * far**2 * n / largest["images"]
+    forecast = {
+        "shape": [3, 64, 64],
+        "d": d,
+        "images": n,
+        "fit": eigenvectors + sums,
+        "eigenvectors": eigenvectors,
+        "map": largest["map"] * far**2,
+        "inverse": largest["inverse"] * far**3,
+        "fit_bytes": largest["fit_bytes"] * far**2,
+        "set_bytes": largest["set_bytes"] * far**2,
+    }
+
+    def size(count: float) -> str:
+        return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.2g} MB"
+
+    def time(seconds: float) -> str:
+        return f"{seconds / 60:.0f} min" if seconds >= 180 else f"{seconds:.2g} s"
+
+    lines = [
+        "| images | numbers in one | training images | fit | of it eigenvectors | memory of a fit | mapping 10,000 | "
+        "inverse | bytes in a set |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for one in [*rows, forecast]:
+        name = " x ".join(map(str, one["shape"])) + (", forecast" if one is forecast else "")
+        times = [time(one[key]) for key in ("fit", "eigenvectors")]
+        rest = [size(one["fit_bytes"]), time(one["map"]), time(one["inverse"]), size(one["set_bytes"])]
+        lines.append(
+            f"| {name} | {one['d']:,} | {one['images']:,} | {' | '.join(times)} | {' | '.join(rest)} |"
+        )
+    e = largest["environment"]
+    lines += [
+        "",
+        "`python -m benchmarks.whitening`, one thread, one run; the forecast by d^3 (eigenvectors, inverse) and n d^2; "
+        f"{e['machine']}, torch {e['torch']}, commit {e['commit']}.",
+    ]
+    return "\n".join(lines)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "engine speed": speed_table,
     "engine adjoint": adjoint_table,
     "engine scaling": scaling_table,
     "engine precision": precision_table,
+    "whitening": whitening_table,
     "tesla": tesla_table,
     "trajectories accuracy": lambda: accuracy_table("trajectories"),
     "matching accuracy": lambda: accuracy_table("matching"),
