@@ -101,7 +101,8 @@ def main(spec: str, question: str, pairs: int, steps: int) -> None:
     saved = read_json(PATH) if PATH.is_file() else {"margin": MARGIN, "rows": []}
     name = {
         "question": question,
-        "data": spec.partition(":")[0],
+        # The kind and the folder's own name: where it lies is nobody's business.
+        "data": f"{spec.partition(':')[0]}:{Path(spec).name}" if ":" in spec else spec,
         "steps": steps,
         "net": str(default_net(real.train)),
     }
