@@ -99,10 +99,10 @@ def main(spec: str, question: str, pairs: int, steps: int) -> None:
     real = load(spec)
     plan = chosen_plan(real, precision="float32")
     saved = read_json(PATH) if PATH.is_file() else {"margin": MARGIN, "rows": []}
+    kind, colon, place = spec.partition(":")
     name = {
         "question": question,
-        # The kind and the folder's own name: where it lies is nobody's business.
-        "data": f"{spec.partition(':')[0]}:{Path(spec).name}" if ":" in spec else spec,
+        "data": kind + colon + Path(place).name,  # where the folder lies is nobody's business
         "steps": steps,
         "net": str(default_net(real.train)),
     }
