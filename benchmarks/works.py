@@ -41,6 +41,7 @@ from distillens.runs import Runs
 from distillens.sessions import workers_for
 from distillens.train import Observe, Training, train_chunk
 from distillens.tuning import plan_for
+from distillens.unroll import Mode
 
 KEY = Key(0, ("engine",))
 K, EACH, IPC, REAL = 10, 300, 10, 256
@@ -278,12 +279,12 @@ def mtt_problem() -> Problem:
     return problem({"experts": Trajectories(net, shapes, 1, (torch.stack([theta, target])[None],), (1,))})
 
 
-def mtt_method(steps: int) -> MTT:
-    return MTT(syn_steps=steps, augment="", experts=1, max_start_epoch=1, expert_epochs=1)
+def mtt_method(steps: int, mode: Mode = "adjoint") -> MTT:
+    return MTT(syn_steps=steps, augment="", experts=1, max_start_epoch=1, expert_epochs=1, mode=mode)
 
 
-def mtt_ours(steps: int) -> Side:
-    given, method = mtt_problem(), mtt_method(steps)
+def mtt_ours(steps: int, mode: Mode = "adjoint") -> Side:
+    given, method = mtt_problem(), mtt_method(steps, mode)
     state = method.start(given)
     return Side(
         lambda: method.step(given, state, 0), lambda: replace(method, syn_steps=1).step(given, state, 0)
@@ -434,6 +435,13 @@ WORKS: dict[str, Work] = {
         lambda plan: mtt_ours(INNER),
         _mtt_flops,
         mode="adjoint; the reference keeps the whole graph",
+    ),
+    "mtt_graph": Work(
+        f"a step of MTT, {INNER} inner steps of 100 images",
+        _mtt_reference,
+        lambda plan: mtt_ours(INNER, "graph"),
+        _mtt_flops,
+        mode="the whole graph, as the reference",
     ),
     "leave_one_out": Work(
         "101 digits models of 300 full-batch steps",
