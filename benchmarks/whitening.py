@@ -10,6 +10,7 @@ forecast is by d^3 (eigenvectors, inverse) and n d^2 (covariance, map), from the
 from __future__ import annotations
 
 import argparse
+import math
 import resource
 import time
 from collections.abc import Callable
@@ -43,13 +44,13 @@ def peak() -> int:
 def row(spec: str) -> dict[str, Any]:
     """The figures of the kornia kind on one dataset's training images."""
     train = load(spec).train
-    pixels = train.exact_pixels()
-    d = pixels[0].numel()
+    d = math.prod(train.shape)
     before = peak()
     fitted: list[Zca] = []
-    fit = seconds(lambda: fitted.append(Zca.fit(pixels)))
+    fit = seconds(lambda: fitted.append(Zca.fit(train.exact_pixels())))
+    fit_bytes = peak() - before
     (space,) = fitted
-    some = pixels[torch.arange(MAPPED) % len(pixels)]
+    some = train.space.to_pixels(train.images[torch.arange(MAPPED) % len(train)])
     square = torch.eye(d, dtype=torch.float64) + 1e-3
     return {
         "data": spec.partition(":")[0],
@@ -60,7 +61,7 @@ def row(spec: str) -> dict[str, Any]:
         "eigenvectors": seconds(lambda: torch.linalg.eigh(square)),
         "map": seconds(lambda: space.from_pixels(some)),
         "inverse": seconds(lambda: space.inverse),
-        "fit_bytes": peak() - before,
+        "fit_bytes": fit_bytes,
         "set_bytes": sum(t.numel() * t.element_size() for t in space.tensors().values()),
         "environment": environment(),
     }
