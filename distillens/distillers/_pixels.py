@@ -72,9 +72,11 @@ def fresh(net: Net, problem: Problem, key: Key) -> Params:
 def refuse_buffers(net: Net, buffers: Mapping[str, torch.Tensor]) -> None:
     """Refuse a network with buffers (running statistics of batch norm, say)."""
     if buffers:
+        first, *others = buffers
+        more = f" and {len(others)} more" if others else ""
         raise UserError(
             "this method differentiates through training, which needs a network without buffers",
-            got=f"{type(net).__name__} with {', '.join(buffers)}",
+            got=f"{type(net).__name__} with {first}{more}",
             fix="choose a norm that remembers nothing, such as group norm",
         )
 

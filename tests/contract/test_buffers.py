@@ -21,6 +21,7 @@ from distillens.distillers._gradient import Network
 from distillens.distillers._pixels import real_batch
 from distillens.distillers.dc import DC
 from distillens.engine.plan import Plan
+from distillens.nets.convnet import ConvNet
 from distillens.nets.mlp import MLP
 from distillens.runs import Runs
 
@@ -75,6 +76,13 @@ def test_a_network_with_buffers_is_refused(name: str, planted: Splits) -> None:
     inputs = {place: runs.trajectories(need) for place, need in method.needs(problem).items()}
     problem = Problem(planted.train, 1, Key(0), inputs)
     with pytest.raises(UserError, match="needs a network without buffers; got Remembering with seen"):
+        method.step(problem, method.start(problem), 0)
+
+
+def test_a_network_with_many_buffers_is_refused_in_one_line(planted: Splits) -> None:
+    method = replace(tiny("bptt", planted.train, 1), net=ConvNet(depth=2, width=4, norm="batch"))  # type: ignore[type-var]
+    problem = Problem(planted.train, 1, Key(0))
+    with pytest.raises(UserError, match=r"got ConvNet with norm0\.mean and 3 more; choose a norm"):
         method.step(problem, method.start(problem), 0)
 
 
