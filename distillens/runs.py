@@ -20,7 +20,7 @@ from distillens.engine.cluster import Cluster
 from distillens.engine.plan import Plan
 from distillens.engine.workers import Engine
 from distillens.experts import Experts, Trajectories
-from distillens.train import Population, Training, chunks, train_chunk
+from distillens.train import Population, Training, assembled, chunks, train_chunk
 
 Report = Callable[[int, int], None]  # (models done, models in all)
 Request = Training | Experts
@@ -58,7 +58,9 @@ class Runs:
         All missing chunks of all trainings go to the engine together.
         """
         self.make(trainings, report=report)
-        return [Population.joined([self._load(part) for part in chunks(t, self.plan)]) for t in trainings]
+        return [
+            assembled(t, self.plan, [self._load(part) for part in chunks(t, self.plan)]) for t in trainings
+        ]
 
     def trajectories(self, experts: Experts, *, report: Report | None = None) -> Trajectories:
         """The experts' way, made now where the store has none that goes as far. Of files the headers are read."""

@@ -490,6 +490,21 @@ def test_chunks_are_cut_before_the_work_and_cover_all_models() -> None:
     assert [len(part.keys) for part in chunks(big, Plan("stacked", 8))] == [1] * 5
 
 
+def test_models_of_like_subsets_share_a_chunk_and_keep_their_places() -> None:
+    sizes = [4, 9, 5, 9, 4, 12, 5]
+    subsets = tuple(torch.arange(size) for size in sizes)
+    training = replace(CASES["full"], keys=Key(0).split(7), subsets=subsets)
+    plan = Plan("stacked", 3, images=18, precision="float64")
+    cut = [[len(subset) for subset in part.subsets or ()] for part in chunks(training, plan)]
+    assert cut == [[4, 4, 5], [5, 9], [9], [12]]  # no more than three models, no more than 18 images
+    together = train(training, plan)
+    for j in range(7):
+        assert off(together.final[j], run(training.models(j, j + 1))[0]) < CLOSE
+    mixing = replace(training, net=BatchNorm())
+    cut = [[len(subset) for subset in part.subsets or ()] for part in chunks(mixing, plan)]
+    assert cut == [[4, 4], [5, 5], [9, 9], [12]]
+
+
 @pytest.mark.parametrize("case", ["subsets", "equal subsets", "subsets in batches"])
 def test_a_subset_is_training_on_that_subset_alone(case: str) -> None:
     training = CASES[case]
