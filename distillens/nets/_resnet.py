@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from distillens.core.checks import at_least, one_of
 from distillens.core.contracts import Buffers, Like, Mode, Params
 from distillens.core.rng import Key
-from distillens.kernels import entering
 from distillens.nets._layers import Pass, check_sides, fresh_norm, uniform
 
 
@@ -101,10 +100,9 @@ class ResNet(ABC):
     ) -> tuple[torch.Tensor, Buffers]:
         """The averaged last maps [n, 8 * width], or with average pooling the flattened ones [n, 8 * width * h' * w']."""
         passing = Pass(params, buffers, mode, self.norm)
-        x = F.relu(passing.norm(passing.conv(entering(x), "stem", padding=1), "norm"))
+        x = F.relu(passing.norm(passing.conv(x, "stem", padding=1), "norm"))
         for block in self._blocks():
             x = self._block(x, block, passing)
-        x = x.to(params["linear.weight"].dtype)
         return x.mean((2, 3)) if self.downsample == "stride" else x.flatten(1), passing.after()
 
     def logits(

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 
 from distillens.core.contracts import Buffers, Like, Params
 from distillens.core.rng import Key
-from distillens.kernels import entering
 from distillens.nets._layers import Norm, Pass, fresh_norm, uniform
 
 
@@ -58,11 +57,10 @@ def fresh_stack(
 
 
 def through_stack(x: torch.Tensor, stages: Sequence[Stage], passing: Pass) -> torch.Tensor:
-    """What leaves the stages, flattened, [n, c * h * w], in the precision of the parameters."""
-    x = entering(x)
+    """What leaves the stages, flattened, [n, c * h * w]."""
     halvings = pooled(stages, x.shape[-2], x.shape[-1])
     for place, (stage, halves) in enumerate(zip(stages, halvings, strict=True)):
         x = F.relu(passing.norm(passing.conv(x, f"conv{place}", padding=stage.padding), f"norm{place}"))
         if halves:
             x = F.max_pool2d(x, 2)
-    return x.flatten(1).to(passing.params["linear.weight"].dtype)
+    return x.flatten(1)

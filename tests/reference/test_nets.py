@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distillens import nets
+from distillens import kernels, nets
 from distillens.core.contracts import Buffers, Net, Params, logits_of_many
 from distillens.core.dataset import Dataset, Splits
 from distillens.core.labels import Hard
 from distillens.core.recipe import Recipe
 from distillens.core.rng import Key
 from distillens.core.space import Pixel
+from distillens.data.planted import planted
 from distillens.engine.plan import Plan
 from distillens.engine.workers import Engine
 from distillens.nets.alexnet import AlexNet
@@ -449,3 +450,19 @@ def test_networks_learn_digits(net: Net, recipe: Recipe, digits: Splits) -> None
     """Measured once: 0.91, 0.97, 0.94 and 0.84. A norm that leaves nothing of small maps stays at 0.1."""
     population = train(Training(digits.train, net, recipe, (Key(0),)), Plan())
     assert float(population.accuracy(digits.val)) > 0.7
+
+
+@pytest.mark.parametrize("name", nets.room.names())
+def test_only_the_fields_convnet_is_rounded(name: str) -> None:
+    """It alone is shown to train as well in bfloat16, which a plan may take unasked."""
+    like = planted(Key(1), shape=(3, 16, 16), per_class=2).train
+    found: Any = nets.room.find(name)
+    variants = [found.defaults(like)]
+    if name == "convnet":
+        variants += [replace(variants[0], norm="batch"), replace(variants[0], pooling="max")]
+    for place, net in enumerate(variants):
+        params, buffers = net.init(like, Key(2))
+        exact = net.logits(params, buffers, like.images)[0]
+        with kernels.using(kernels.Setting(products=torch.bfloat16)):
+            rounded = net.logits(params, buffers, like.images)[0]
+        assert torch.equal(rounded, exact) == (name != "convnet" or place > 0)
