@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -29,7 +28,7 @@ import torch
 from torch import nn
 
 from benchmarks import works
-from benchmarks.environment import environment
+from benchmarks.environment import environment, forget, memory
 from benchmarks.reference import mtt
 from benchmarks.reference.convnet import convnet
 from benchmarks.works import WORKS, Side
@@ -61,14 +60,15 @@ def settled(plan: Plan) -> Iterator[None]:
 
 def timed(side: Side, calls: int, units: int) -> dict[str, Any]:
     """Seconds a unit of each call, and the bytes by which this process grew."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    forget()
+    before = memory("VmRSS")
     side.warm()
     seconds = []
     for _ in range(calls):
         begun = time.perf_counter()
         side.timed()
         seconds.append((time.perf_counter() - begun) / units)
-    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    grown = memory("VmHWM") - before
     return {"seconds": seconds, "bytes": grown}
 
 

@@ -1,7 +1,8 @@
-"""What a committed figure was measured on."""
+"""What a committed figure was measured on, and the memory of a process."""
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import subprocess
 from pathlib import Path
@@ -26,3 +27,15 @@ def environment() -> dict[str, Any]:
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "commit": commit,
     }
+
+
+def memory(which: str) -> int:
+    """Bytes that this process has now (``VmRSS``), or had at most since the last ``forget`` (``VmHWM``); Linux."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(which)).split()[1])
+
+
+def forget() -> None:
+    """Give free memory back, and let the largest so far be the present one: getting ready may have taken more."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")

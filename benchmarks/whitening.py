@@ -10,7 +10,6 @@ forecast is by d^3 (eigenvectors, inverse) and n d^2 (covariance, map), from the
 from __future__ import annotations
 
 import argparse
-import ctypes
 import math
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.environment import environment
+from benchmarks.environment import environment, forget, memory
 from distillens import load
 from distillens.core.space import Zca
 from distillens.core.storage import read_json, write_json
@@ -34,18 +33,6 @@ def seconds(work: Callable[[], object]) -> float:
     begun = time.perf_counter()
     work()
     return time.perf_counter() - begun
-
-
-def memory(which: str) -> int:
-    """Bytes that this process has now (``VmRSS``), or had at most since the last ``forget`` (``VmHWM``); Linux."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(which)).split()[1])
-
-
-def forget() -> None:
-    """Give free memory back, and let the largest so far be the present one: loading took more than a fit does."""
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def row(spec: str) -> dict[str, Any]:
