@@ -20,6 +20,7 @@ import torch
 
 from benchmarks.environment import environment
 from distillens import load, pipeline
+from distillens.analyses.behaviour.accuracy import Accuracy
 from distillens.core.config import describe, settings_of
 from distillens.core.contracts import Sets
 from distillens.core.result import Estimate
@@ -27,7 +28,6 @@ from distillens.core.storage import write_json
 from distillens.engine.plan import Plan
 from distillens.engine.workers import settle_process
 from distillens.evaluation import protocol as protocols
-from distillens.evaluation.accuracy import Accuracy
 from distillens.nets.convnet import ConvNet
 from distillens.sessions import session
 from distillens.train import networks

@@ -14,6 +14,7 @@ import torch
 
 import distillens
 from distillens import analyses, distillers, formats, nets
+from distillens.analyses.behaviour.accuracy import Accuracy
 from distillens.core.artefact import DistilledDataset, Provenance
 from distillens.core.checks import DivergedError, UserError, at_least, unknown
 from distillens.core.config import describe, override, restore, settings_of
@@ -25,7 +26,6 @@ from distillens.core.storage import held, write_json
 from distillens.data import in_space, load, sources
 from distillens.engine.plan import Plan, Precision
 from distillens.evaluation import protocol as protocols
-from distillens.evaluation.accuracy import Accuracy
 from distillens.experts import Experts, Trajectories
 from distillens.folders import claim, remove
 from distillens.forecast import check_fits, outlook

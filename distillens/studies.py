@@ -11,6 +11,7 @@ from typing import Any
 
 from distillens import analyses, distillers, pipeline
 from distillens import forecast as forecasts
+from distillens.analyses.behaviour.accuracy import Accuracy
 from distillens.core.artefact import DistilledDataset, Provenance
 from distillens.core.checks import UserError, unknown
 from distillens.core.config import describe, override
@@ -20,7 +21,6 @@ from distillens.core.result import Result
 from distillens.core.storage import held, sweep, write_json
 from distillens.engine.plan import Plan, Precision, cores
 from distillens.evaluation import protocol as protocols
-from distillens.evaluation.accuracy import Accuracy
 from distillens.experts import Experts
 from distillens.folders import claim
 from distillens.pipeline import (
@@ -99,11 +99,12 @@ class Study:
         ]
 
     def questions(self, ipc: int) -> list[Any]:
-        """The analyses to ask at a size, the evaluation first."""
-        accuracy = replace(Accuracy.defaults(self.real.train), protocol=protocols.find(self.protocol))
-        asked: list[Any] = [override(accuracy, self.settings_for("accuracy"), like=self.real.train)]
+        """The analyses to ask at a size."""
+        asked: list[Any] = []
         for name in analyses.room.names():
             analysis: Any = analyses.room.find(name).defaults(self.real.train)
+            if hasattr(analysis, "protocol"):
+                analysis = replace(analysis, protocol=protocols.find(self.protocol))
             if name == "pointwise/leave_one_out":
                 whole = self.preset.whole is None or ipc in self.preset.whole
                 only = () if whole else self.methods[:1]
@@ -180,7 +181,7 @@ def design(
             raise UserError(f"{name} is in every study as a baseline", fix="leave it out of --methods")
     if len(set(methods)) != len(methods):
         raise UserError("a method is named twice", got=", ".join(methods))
-    owners = [*methods, *BASELINES, "accuracy", *(n.rpartition("/")[2] for n in analyses.room.names())]
+    owners = [*methods, *BASELINES, *(n.rpartition("/")[2] for n in analyses.room.names())]
     for setting in settings:
         owner = setting.partition("=")[0].partition(".")[0]
         if owner not in owners:
@@ -263,7 +264,7 @@ def forecast(study: Study, workers: int) -> Forecast:
         for question in study.questions(ipc):
             trainings += question.trainings(stand_in, real, key=analysis_key(study.seed))
     distinct = {part.fingerprint: part for t in trainings for part in chunks(t, study.plan)}
-    accuracy = study.questions(study.ipc[0])[0]
+    accuracy = next(one for one in study.questions(study.ipc[0]) if isinstance(one, Accuracy))
     short = Training(real.train, accuracy.net, accuracy.protocol.recipe, (analysis_key(0),))
     passes = sum(2.93 * part.image_steps for part in distinct.values())
     seconds += passes * forecasts.seconds_a_pass(short, study.plan)

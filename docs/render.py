@@ -35,7 +35,7 @@ def accuracy_table(name: str) -> str:
     ]
     replicates = 0
     for ipc, size in saved["sizes"].items():
-        table = size["tables"]["evaluation/accuracy"][0]
+        table = size["tables"]["behaviour/accuracy"][0]
         for row in table["rows"]:
             label, accuracy, gain, start, _ = row
             cells = [_estimate(accuracy)]

@@ -20,7 +20,6 @@ from distillens.core.storage import read_json
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
 _QUESTIONS = {
-    "evaluation": ("Evaluation", "How accurate is a network that has seen the distilled images only?"),
     "behaviour": ("Behaviour", "Do distilled images act as real images do?"),
     "representativeness": ("Representativeness", "Which part of learning from real data do they hold?"),
     "pointwise": ("Pointwise information", "What does one distilled image carry?"),

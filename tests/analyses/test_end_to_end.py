@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from distillens import pipeline
+from distillens.analyses.behaviour.accuracy import Accuracy
 from distillens.analyses.behaviour.mixing import Mixing
 from distillens.analyses.behaviour.recognition import UNSEEN, Recognition
 from distillens.analyses.pointwise.leave_one_out import LeaveOneOut
@@ -22,7 +22,6 @@ from distillens.core.recipe import Recipe
 from distillens.core.result import Result
 from distillens.core.rng import Key
 from distillens.engine.plan import Plan
-from distillens.evaluation.accuracy import Accuracy
 from distillens.evaluation.protocol import NEUTRAL, Protocol
 from distillens.nets.convnet import ConvNet
 from distillens.runs import Runs
@@ -263,41 +262,6 @@ def test_the_learned_rate_is_that_of_the_set_and_of_its_start(digits: Splits) ->
     sets = Sets({"a": (learned,)}, {"random_subset": (start,)}, {"a": (start,)})
     rates = [t.recipe.lr for t in Accuracy(protocol, TINY).trainings(sets, digits, key=KEY)]
     assert rates[:3] == [0.123, SHORT.lr, 0.123]
-
-
-@pytest.mark.parametrize("name", pipeline.analyses.room.names())
-def test_every_analysis_saves_and_loads_and_needs_no_more_than_it_announced(
-    name: str, digits: Splits, tmp_path: Path
-) -> None:
-    small = {
-        "behaviour/mixing": Mixing((0, 1), SHORT, TINY),
-        "behaviour/recognition": Recognition((TINY,), SHORT, seeds=1),
-        "pointwise/leave_one_out": LeaveOneOut(TINY, SHORT, inits=2),
-        "representativeness/early_agreement": EarlyAgreement(
-            TINY,
-            SHORT,
-            early=3,
-            early_recipe=Recipe(steps=40, batch=256, lr=0.03),
-            subset=6,
-            subset_recipe=SHORT,
-            least_per_class=1,
-            most_per_class=10,
-            tolerance=0.2,
-        ),
-    }[name]
-    sets = Sets({"a": subsets(digits, "a", 2)}, {"random_subset": subsets(digits, "base", 2)})
-    store = Runs(Plan())
-    announced = small.trainings(sets, digits, key=KEY)
-    result = small(sets, digits, store, key=KEY)
-    assert sum(store.trained.values()) == sum(len(t.keys) for t in announced)
-    assert set(store.trained.values()) == {1}, "a model was trained twice"
-    again = type(result).load(result.save(tmp_path))
-    assert again.headline() == result.headline()
-    assert again.claims() == result.claims()
-    first = {p.name: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    result.save(tmp_path)
-    assert first == {p.name: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    assert any(path.endswith(".png") for path in first)
 
 
 def test_a_single_set_is_mixed_with_several_networks_and_says_so(digits: Splits, runs: Runs) -> None:

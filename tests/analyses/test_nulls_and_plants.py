@@ -13,6 +13,7 @@ import torch
 from scipy.optimize import brentq
 from scipy.stats import nct, t
 
+from distillens.analyses.behaviour.accuracy import AccuracyResult
 from distillens.analyses.behaviour.mixing import MixingResult
 from distillens.analyses.behaviour.recognition import UNSEEN, RecognitionResult, _chance
 from distillens.analyses.pointwise.leave_one_out import LeaveOneOutResult, own_class_share, self_agreement
@@ -21,7 +22,6 @@ from distillens.core.dataset import Splits
 from distillens.core.result import Claim
 from distillens.core.rng import Key
 from distillens.core.storage import read_tensors
-from distillens.evaluation.accuracy import AccuracyResult
 
 DRAWS, ALARMS, REPLICATES = 1000, 70, 5
 SEED = Key(20241123)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from distillens import data, pipeline, studies
+from distillens.analyses.behaviour.accuracy import Accuracy
 from distillens.core.artefact import DistilledDataset, Provenance
 from distillens.core.checks import UserError
 from distillens.core.contracts import Sets
@@ -16,7 +17,6 @@ from distillens.core.dataset import Dataset, Splits
 from distillens.core.rng import Key
 from distillens.core.space import Pixel, same_space
 from distillens.engine.plan import Plan
-from distillens.evaluation.accuracy import Accuracy
 from distillens.evaluation.protocol import PROTOCOLS
 from distillens.nets.convnet import ConvNet
 from distillens.runs import Runs

@@ -15,10 +15,10 @@ import pytest
 import torch
 from scipy import stats
 
+from distillens.analyses.behaviour.accuracy import AccuracyResult
 from distillens.core.checks import UserError
 from distillens.core.result import Claim, Estimate, Result, Table, paired
 from distillens.core.rng import Key
-from distillens.evaluation.accuracy import AccuracyResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

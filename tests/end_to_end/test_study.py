@@ -22,9 +22,9 @@ def test_a_study_ends_in_a_report_of_all_its_questions(small_study: Path) -> Non
     page = (small_study / "report.html").read_text()
     saved = sorted(path.stem for path in (small_study / "results" / "ipc1").glob("*.json"))
     assert saved == [
+        "behaviour.accuracy",
         "behaviour.mixing",
         "behaviour.recognition",
-        "evaluation.accuracy",
         "pointwise.leave_one_out",
         "representativeness.early_agreement",
     ]

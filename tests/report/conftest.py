@@ -18,7 +18,7 @@ METHODS = {
 }
 ANALYSES = {
     "behaviour/mixing": ("Mixing with real data", "Does accuracy fall when real images are added?"),
-    "evaluation/accuracy": ("Accuracy", "How accurate is a network trained on the distilled images?"),
+    "behaviour/accuracy": ("Accuracy", "How accurate is a network trained on the distilled images?"),
 }
 
 
@@ -108,7 +108,7 @@ def make_run(folder: Path, ipcs: tuple[int, ...] = (1, 10), replicates: int = 2)
                 sets.append({**entry, "family": family, "command": command, "storage": {"floats": 640 * ipc}})
         above = {"name": "above_random", "direction": "greater", "smallest_effect": 0.05}
         results = {
-            "evaluation/accuracy": [
+            "behaviour/accuracy": [
                 claim("dm", 0.123, 0.03, "supported", **above, statement="dm beats random."),
                 claim("mtt", 0.051, 0.03, "inconclusive", **above, statement="mtt beats random."),
                 claim(

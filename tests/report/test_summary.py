@@ -45,10 +45,10 @@ def test_sets_show_the_first_replicate_and_list_all(run: Path) -> None:
     assert large.sets[2].initial is None
 
 
-def test_questions_stand_in_the_order_of_the_paper_after_evaluation(run: Path) -> None:
+def test_questions_stand_in_the_order_of_the_paper(run: Path) -> None:
     summary = summarise(run)
-    assert [question.name for question in summary.questions] == ["evaluation", "behaviour"]
-    answers = summary.questions[1].analyses[0].answers
+    assert [question.name for question in summary.questions] == ["behaviour"]
+    answers = summary.questions[0].analyses[1].answers
     assert [answer.ipc for answer in answers] == [1, 10]
     assert answers[0].figures[0].picture is not None
     assert answers[0].notes == ("A note on Mixing with real data.",)

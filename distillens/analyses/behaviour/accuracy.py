@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -15,9 +15,10 @@ from distillens.core.palette import colour
 from distillens.core.result import Claim, Estimate, Result, Table, paired, units
 from distillens.core.rng import Key
 from distillens.evaluation.protocol import WDDL, Protocol
+from distillens.evaluation.trials import choose, of_full, of_sets, trials
 from distillens.nets.convnet import ConvNet
 from distillens.runs import Runs
-from distillens.train import Population, Training, networks, on
+from distillens.train import Training, networks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,10 +53,13 @@ class Accuracy:
         runs.make(self.trainings(sets, real, key=key))
         values, chosen = {}, {}
         for name, replicates in self._of_sets(sets, key).items():
-            scored = [self._choose(runs.get(*each), real) for each in replicates]
-            values[name] = torch.stack([accuracy for accuracy, _ in scored])
-            chosen[name] = tuple(choice for _, choice in scored)
-        full = [self._choose([population], real)[0] for population in runs.get(*self._full(sets, real, key))]
+            judged = [choose(self.protocol, runs.get(*each), real) for each in replicates]
+            values[name] = torch.stack([one.accuracy(real.test) for one in judged])
+            chosen[name] = tuple(one.candidate for one in judged)
+        full = [
+            choose(self.protocol, [population], real).accuracy(real.test)
+            for population in runs.get(*self._full(sets, real, key))
+        ]
         storage = {name: _storage(many[0]) for name, many in sets.everything().items()}
         return AccuracyResult(
             self.protocol.name,
@@ -70,61 +74,25 @@ class Accuracy:
         )
 
     def _of_sets(self, sets: Sets, key: Key) -> dict[str, list[list[Training]]]:
-        named = {**sets.everything(), **{_initial(name): many for name, many in sets.initial.items()}}
-        learned = {_initial(name): sets.distilled[name] for name in sets.initial if name in sets.distilled}
-        return {
-            name: [
-                # The initialisation is trained with the step size that its set learned: the gain is the pixels'.
-                self._candidates(one, learned.get(name, many)[r], networks(key, r, self.protocol.nets))
-                for r, one in enumerate(many)
+        found = of_sets(self.protocol, self.net, sets.everything(), key)
+        for name, begun in sets.initial.items():
+            # The initialisation is trained with the step size that its set learned: the gain is the pixels'.
+            learned = sets.distilled.get(name, begun)
+            found[_initial(name)] = [
+                trials(self.protocol, one, self.net, networks(key, r, self.protocol.nets), of=learned[r])
+                for r, one in enumerate(begun)
             ]
-            for name, many in named.items()
-        }
-
-    def _candidates(
-        self, distilled: DistilledDataset, of: DistilledDataset, keys: tuple[Key, ...]
-    ) -> list[Training]:
-        if distilled.order is not None:  # nothing of it can be chosen: its own steps are replayed
-            return [on(distilled, self.net, self.protocol.recipe, keys)]
-        trainings = []
-        for recipe in self.protocol.recipes(of):
-            training = on(distilled, self.net, recipe, keys)
-            trainings.append(_keeping(training, self.protocol.moments))
-        return trainings
+        return found
 
     def _full(self, sets: Sets, real: Splits, key: Key) -> list[Training]:
-        replicates = max(map(len, sets.everything().values()))
-        # One network a replicate is enough of the full data; all of them where there is one replicate.
-        each = self.protocol.nets if replicates == 1 else 1
-        keys = tuple(k for r in range(replicates) for k in networks(key, r, each))
-        # Full batches of a whole dataset are nobody's practice: batches of 256, the same steps and rate.
-        recipe = self.protocol.recipes()[0]
-        batch = min(recipe.batch or 256, len(real.train))
-        training = Training(real.train, self.net, recipe.but(batch=batch), keys)
-        return [_keeping(training.models(j, j + 1), self.protocol.moments) for j in range(len(keys))]
-
-    def _choose(self, candidates: Sequence[Population], real: Splits) -> tuple[torch.Tensor, str]:
-        """Test accuracies [nets] of the candidate that is best on validation, and which one it is."""
-        best, name, score = None, "", -1.0
-        recipes = self.protocol.recipes()
-        for population, recipe in zip(candidates, recipes, strict=False):
-            for moment in population.moments or (None,):
-                flat = population.final if moment is None else population.at(moment)
-                if len(candidates) == 1 and not population.moments:
-                    return _accuracy(population, flat, real.test), ""
-                on_validation = float(_accuracy(population, flat, real.val).mean())
-                if on_validation > score:
-                    best, score = (population, flat), on_validation
-                    name = f"rate {recipe.lr:g}, {moment or recipe.steps} steps"
-        assert best is not None
-        return _accuracy(*best, real.test), name
+        return of_full(self.protocol, self.net, real, max(map(len, sets.everything().values())), key)
 
 
 @dataclass(frozen=True, eq=False)
 class AccuracyResult(Result):
     """Test accuracies [replicates, nets] by set, and of the full data [networks]."""
 
-    analysis: ClassVar[str] = "evaluation/accuracy"
+    analysis: ClassVar[str] = "behaviour/accuracy"
     title: ClassVar[str] = "Accuracy after training on the set"
     question: ClassVar[str] = Accuracy.question
 
@@ -252,15 +220,6 @@ class AccuracyResult(Result):
 
 def _initial(name: str) -> str:
     return f"{name}, its start"
-
-
-def _keeping(training: Training, moments: tuple[int, ...]) -> Training:
-    return replace(training, snapshots=moments)
-
-
-def _accuracy(population: Population, flat: torch.Tensor, data: Dataset) -> torch.Tensor:
-    predicted = population.logits(data, flat).argmax(-1)
-    return (predicted == data.labels.hard()).double().mean(1)
 
 
 def _storage(distilled: DistilledDataset) -> str:

@@ -1,0 +1,105 @@
+"""What holds for every analysis: it trains what it announced and no model twice, and its result comes back whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distillens import analyses
+from distillens.analyses.behaviour.accuracy import Accuracy
+from distillens.analyses.behaviour.mixing import Mixing
+from distillens.analyses.behaviour.recognition import Recognition
+from distillens.analyses.pointwise.leave_one_out import LeaveOneOut
+from distillens.analyses.representativeness.early_agreement import EarlyAgreement
+from distillens.core.config import describe, restore
+from distillens.core.contracts import Problem, Sets
+from distillens.core.dataset import Splits
+from distillens.core.recipe import Recipe
+from distillens.core.rng import Key
+from distillens.distillers.random_subset import RandomSubset
+from distillens.engine.plan import Plan
+from distillens.evaluation.protocol import Protocol
+from distillens.nets.convnet import ConvNet
+from distillens.runs import Runs
+
+KEY = Key(31, ("contract",))
+SHORT = Recipe(steps=20, lr=0.03)
+NET = ConvNet(depth=2, width=8)
+
+# Every analysis in a setting that takes a second or two.
+TINY: dict[str, Any] = {
+    "behaviour/accuracy": Accuracy(Protocol("short", "", SHORT), NET),
+    "behaviour/mixing": Mixing((0, 1), SHORT, NET),
+    "behaviour/recognition": Recognition((NET,), SHORT, seeds=1),
+    "pointwise/leave_one_out": LeaveOneOut(NET, SHORT, inits=2),
+    "representativeness/early_agreement": EarlyAgreement(
+        NET,
+        SHORT,
+        early=3,
+        early_recipe=Recipe(steps=40, batch=256, lr=0.03),
+        subset=6,
+        subset_recipe=SHORT,
+        least_per_class=1,
+        most_per_class=10,
+        tolerance=0.2,
+    ),
+}
+
+names = analyses.room.names()
+every_analysis = pytest.mark.parametrize("name", names)
+
+
+def sets_of(real: Splits) -> Sets:
+    """Two replicates of a random subset in a distilled set's place, beside two others."""
+    method = RandomSubset()
+
+    def many(name: str) -> Any:
+        problems = [Problem(real.train, 1, KEY.fold(name, r)) for r in range(2)]
+        return tuple(method.finish(problem, method.start(problem)) for problem in problems)
+
+    return Sets({"a": many("a")}, {"random_subset": many("base")})
+
+
+def test_every_analysis_has_a_tiny_setting() -> None:
+    assert sorted(TINY) == names
+
+
+@every_analysis
+def test_it_trains_what_it_announced_and_its_result_comes_back(
+    name: str, digits: Splits, tmp_path: Path
+) -> None:
+    sets, store = sets_of(digits), Runs(Plan())
+    announced = TINY[name].trainings(sets, digits, key=KEY)
+    result = TINY[name](sets, digits, store, key=KEY)
+    distinct = {identity for training in announced for identity in training.identities()}
+    assert set(store.trained) == distinct
+    assert set(store.trained.values()) <= {1}, "a model was trained twice"
+    assert result.analysis == name
+    again = type(result).load(result.save(tmp_path))
+    assert again.headline() == result.headline()
+    assert again.claims() == result.claims()
+    first = {p.name: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    result.save(tmp_path)
+    assert first == {p.name: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert any(path.endswith(".png") for path in first)
+
+
+@every_analysis
+def test_its_claims_name_null_and_plant(name: str, digits: Splits) -> None:
+    result = TINY[name](sets_of(digits), digits, Runs(Plan()), key=KEY)
+    claims = result.claims()
+    assert len({(claim.subject, claim.name) for claim in claims}) == len(claims)
+    assert all(claim.null and claim.plant and claim.statement for claim in claims)
+
+
+@every_analysis
+def test_its_settings_come_back_from_json(name: str, digits: Splits) -> None:
+    kind = analyses.room.find(name)
+    ways = [kind.defaults(digits.train)]
+    if hasattr(kind, "as_published"):
+        ways.append(kind.as_published(digits.train))
+    for one in ways:
+        assert restore(describe(one)) == one
+        assert one.question
