@@ -6,9 +6,10 @@ from typing import Any
 
 from distillens.core.contracts import Like, Net
 from distillens.core.registry import Room
+from distillens.nets._distance import distance, made_with
 from distillens.nets._module import PREFIX, from_module, from_text
 
-__all__ = ["default_net", "from_module", "named", "room"]
+__all__ = ["default_net", "distance", "from_module", "made_with", "named", "room"]
 
 room: Room[type[Net]] = Room("distillens.nets", "network")
 
