@@ -9,6 +9,7 @@ import pytest
 
 from distillens import analyses
 from distillens.analyses.behaviour.accuracy import Accuracy
+from distillens.analyses.behaviour.feature_map import FeatureMap
 from distillens.analyses.behaviour.mixing import Mixing
 from distillens.analyses.behaviour.recognition import Recognition
 from distillens.analyses.pointwise.leave_one_out import LeaveOneOut
@@ -22,6 +23,7 @@ from distillens.distillers.random_subset import RandomSubset
 from distillens.engine.plan import Plan
 from distillens.evaluation.protocol import Protocol
 from distillens.nets.convnet import ConvNet
+from distillens.nets.mlp import MLP
 from distillens.runs import Runs
 
 KEY = Key(31, ("contract",))
@@ -31,8 +33,9 @@ NET = ConvNet(depth=2, width=8)
 # Every analysis in a setting that takes a second or two.
 TINY: dict[str, Any] = {
     "behaviour/accuracy": Accuracy(Protocol("short", "", SHORT), NET),
+    "behaviour/feature_map": FeatureMap(NET, SHORT, seeds=2, shown=60),
     "behaviour/mixing": Mixing((0, 1), SHORT, NET),
-    "behaviour/recognition": Recognition((NET,), SHORT, seeds=1),
+    "behaviour/recognition": Recognition((NET, MLP(1, 16)), SHORT, (1.0, 0.5), seeds=1),
     "pointwise/leave_one_out": LeaveOneOut(NET, SHORT, inits=2),
     "representativeness/early_agreement": EarlyAgreement(
         NET,
