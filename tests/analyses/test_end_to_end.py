@@ -10,7 +10,6 @@ import torch
 from distillens import pipeline
 from distillens.analyses.behaviour.accuracy import Accuracy
 from distillens.analyses.behaviour.mixing import Mixing
-from distillens.analyses.behaviour.recognition import UNSEEN, Recognition
 from distillens.analyses.pointwise.leave_one_out import LeaveOneOut
 from distillens.analyses.representativeness.early_agreement import EarlyAgreement
 from distillens.core.artefact import DistilledDataset
@@ -78,35 +77,6 @@ def test_influence_of_real_points_stays_in_class(digits: Splits, runs: Runs) -> 
     # The claim's positive control: it is as true of a real subset.
     result = LeaveOneOut(TINY, SHORT, inits=2)(Sets({"a": subsets(digits, "c", 1)}), digits, runs, key=KEY)
     assert claims(result)["a", "influence stays in class"] == "supported"
-
-
-def test_class_means_are_clearer_than_unseen_real_images(digits: Splits, runs: Runs) -> None:
-    sets = Sets({"means": (class_means(digits),) * 5}, {})
-    analysis = Recognition((ConvNet(2, 16),), Recipe(steps=60, batch=256), seeds=2)
-    result = analysis(sets, digits, runs, key=KEY)
-    assert claims(result)["means", "recognised"] == "supported"
-    assert float(result.shares["means"].mean()) == 1.0
-    assert result.headline()["means"].low < 1.0, "ten images cannot make certainty"
-    assert 0.5 < result.headline()[UNSEEN].value <= 1.0
-
-
-def test_recognition_of_a_single_set_rests_on_its_images(digits: Splits, runs: Runs) -> None:
-    analysis = Recognition((ConvNet(2, 16),), Recipe(steps=60, batch=256), seeds=2)
-    result = analysis(Sets({"means": (class_means(digits),)}), digits, runs, key=KEY)
-    recognised = result.headline()["means"]
-    assert (recognised.n, recognised.unit) == (10, "image of one replicate")
-    assert 0.6 < recognised.low < 0.8 and recognised.high == 1.0
-    assert claims(result)["means", "recognised"] == "supported"
-
-
-def test_judges_never_see_the_real_images_they_are_compared_on(digits: Splits) -> None:
-    analysis = Recognition((TINY,), SHORT, seeds=1)
-    sets = Sets({"null": subsets(digits, "n", 1)})
-    seen = {
-        image.numpy().tobytes() for t in analysis.trainings(sets, digits, key=KEY) for image in t.data.images
-    }
-    unseen = {image.numpy().tobytes() for image in digits.val.images}
-    assert len(seen & unseen) == 0
 
 
 def test_mislabelled_real_images_hurt(digits: Splits, runs: Runs) -> None:

@@ -23,17 +23,14 @@ TOGETHER = 1 << 20  # pixels whose features are taken at once
 
 
 def recipe(data: Dataset) -> Recipe:
-    """How judges are trained: 20 passes of Adam on digits' scale, 40 above it.
+    """How judges are trained: Adam at a falling rate, 9 passes on digits' scale, 40 above it.
 
-    One recipe for all, so that judges differ in their network alone; plain SGD at one rate would leave transformers far
-    behind. On digits it was chosen on the validation split.
+    One recipe for all, so that judges differ in their network alone; plain SGD at one rate leaves transformers far
+    behind. On digits it was chosen on the validation split: the weakest judge reaches 0.92 there.
     """
-    small = data.shape[1] * data.shape[2] <= 256
-    batch = 128 if small else 256
-    passes = 20 if small else 40
-    return Recipe(
-        passes * _batches(data, batch), batch, "adam", lr=0.005 if small else 0.001, schedule="cosine"
-    )
+    if data.shape[1] * data.shape[2] <= 256:
+        return Recipe(9 * _batches(data, 64), 64, "adam", lr=0.01, schedule="cosine")
+    return Recipe(40 * _batches(data, 256), 256, "adam", lr=0.001, schedule="cosine")
 
 
 def published(data: Dataset) -> Recipe:
