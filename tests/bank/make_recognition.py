@@ -13,8 +13,9 @@ import torch
 
 from distillens.analyses.behaviour._judges import features
 from distillens.analyses.behaviour.feature_map import FeatureMap, _nearest, _usual
-from distillens.analyses.behaviour.recognition import Recognition
+from distillens.analyses.behaviour.recognition import NOISE, Recognition
 from distillens.core.contracts import Problem, Sets
+from distillens.core.dataset import Dataset
 from distillens.core.rng import Key
 from distillens.core.storage import write_tensors
 from distillens.data import load
@@ -36,8 +37,13 @@ def main() -> None:
     distances, index = _nearest(among, own, on_map.neighbours)
     usual = _usual(among, own, real.val, on_map.neighbours)
     classes = real.test.labels.hard()
+    noise = real.train.images.std() * key.fold("noise").normal(*unseen.images.shape)
+    harder = [Dataset(unseen.images + a * noise, unseen.labels, unseen.classes, unseen.space) for a in NOISE]
     tensors = {
         "judges": torch.stack([p.predictions(unseen) for p in judges]).to(torch.uint8),
+        "harder": torch.stack([torch.stack([p.predictions(d) for p in judges]) for d in harder]).to(
+            torch.uint8
+        ),
         "labels": unseen.labels.hard().to(torch.uint8),
         "neighbours": classes[index].to(torch.uint8),
         "far": (distances / usual[:, real.val.labels.hard()]).log().float(),

@@ -36,11 +36,13 @@ from distillens.nets.resnet18 import ResNet18
 from distillens.nets.resnet34 import ResNet34
 from distillens.nets.vit import ViT
 from distillens.runs import Runs
-from distillens.train import Training
+from distillens.train import Population, Training
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+# Noise that makes unseen real images as hard as a set, in standard deviations of the training images; 0 comes before.
+NOISE = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)
 WEAK = 0.5  # a judge below this share of its classes' best possible gain over chance is called weak
 KINDS = ("the same\nnetwork", "the same kind,\nother settings", "both\nconvolutional", "another\nfamily")
 
@@ -60,7 +62,9 @@ class Recognition:
     the same predictions would get if the labels were permuted.
 
     A judge is near to a set or ``far`` from it (that ``nets.distance`` or more) by the network that the set was
-    distilled on; where a set does not say, the field's ConvNet is assumed. ``lengths`` are the shares of the
+    distilled on; where a set does not say, the field's ConvNet is assumed. Some judges are better than others, and some
+    bear hard images better: what near judges have over far ones on a set is compared with what they have over them on
+    unseen real images under as much noise as makes these as hard for all judges together. ``lengths`` are the shares of the
     recipe's steps that the judges train for, where not all of them. ``pairs`` are pairs of sets (better, worse) whose
     order is asked about, fixed beforehand.
 
@@ -149,6 +153,10 @@ class Recognition:
             pairs = list(zip(predicted, labels[name], strict=True))
             hits[name] = tuple((p == y).double().mean(1) for p, y in pairs)
             chances[name] = torch.stack([chance(p, y, real.train.k) for p, y in pairs])
+        harder = tuple(
+            torch.stack([hits[UNSEEN][r], *_harder(judges, data, real.train, key.fold("harder", r))])
+            for r, data in enumerate(asked[UNSEEN])
+        )
         known = {name: made_with(many[0]) for name, many in sets.distilled.items()}
         assumed = default_net(real.train)
         return RecognitionResult(
@@ -164,7 +172,19 @@ class Recognition:
             self.far,
             self.pairs,
             self.judges == PAPER,
+            harder,
         )
+
+
+def _harder(judges: Sequence[Population], data: Dataset, train: Dataset, key: Key) -> list[torch.Tensor]:
+    """The hits [judges, n] on images under each amount of noise; one draw for all, so that more is harder."""
+    drawn = (train.images.std() * key.normal(*data.images.shape).to(data.device)).to(data.images)
+    y = data.labels.hard()
+    found = []
+    for amount in NOISE:
+        noisy = Dataset(data.images + amount * drawn, data.labels, data.classes, data.space)
+        found.append(torch.stack([(p.predictions(noisy) == y).double().mean(0) for p in judges]))
+    return found
 
 
 def _patch(h: int, w: int) -> int:
@@ -176,7 +196,8 @@ def _patch(h: int, w: int) -> int:
 class RecognitionResult(Result):
     """Images recognised (the share of a judge's seeds) [judges, n] for each replicate of each set.
 
-    Shares expected by chance are [replicates, judges], the judges' test accuracies [judges, seeds].
+    Shares expected by chance are [replicates, judges], the judges' test accuracies [judges, seeds]. ``harder`` are the unseen
+    real images recognised without and with growing noise [amounts, judges, n], for each replicate.
     """
 
     analysis: ClassVar[str] = "behaviour/recognition"
@@ -195,6 +216,7 @@ class RecognitionResult(Result):
     far: int
     pairs: tuple[tuple[str, str], ...]
     papers: bool
+    harder: tuple[torch.Tensor, ...]
 
     @property
     def k(self) -> int:
@@ -217,21 +239,40 @@ class RecognitionResult(Result):
         """The recognised share of a set minus that of another, paired."""
         return difference(self._mean(name), self._mean(other))
 
-    def near_minus_far(self, name: str, distances: Sequence[int]) -> list[torch.Tensor]:
+    def near_minus_far(self, hits: Sequence[torch.Tensor], distances: Sequence[int]) -> list[torch.Tensor]:
         """How much more of the near judges than of the far ones recognise each image, [n] for each replicate."""
         near = [j for j, d in enumerate(distances) if d < self.far]
         far = [j for j, d in enumerate(distances) if d >= self.far]
-        return [one[near].mean(0) - one[far].mean(0) for one in self.hits[name]]
+        return [one[near].mean(0) - one[far].mean(0) for one in hits]
+
+    def as_hard_as(self, name: str) -> list[torch.Tensor]:
+        """Unseen real images under the noise that brings all judges to their share on a set, [judges, n] a replicate.
+
+        Between two amounts of noise in proportion. Sets that are recognised better than real images have these without
+        noise beside them.
+        """
+        wanted = self.recognised(name).value
+        means = [
+            sum(float(one[a].mean()) for one in self.harder) / len(self.harder)
+            for a in range(len(self.harder[0]))
+        ]
+        after = next((a for a, mean in enumerate(means) if mean <= wanted), len(means) - 1)
+        if not after:
+            return [one[0] for one in self.harder]
+        before = after - 1
+        part = min(1.0, (means[before] - wanted) / (means[before] - means[after]))
+        return [(1 - part) * one[before] + part * one[after] for one in self.harder]
 
     def falls(self, name: str) -> Estimate | None:
-        """How much better near judges are than far ones on a set, beyond how much better they are on unseen real images.
+        """How much better near judges are than far ones on a set, beyond what they are on real images that are as hard.
 
         None where all judges are near or all are far.
         """
         distances = self.distances[name]
         if not min(distances) < self.far <= max(distances):
             return None
-        return difference(self.near_minus_far(name, distances), self.near_minus_far(UNSEEN, distances))
+        own, real = self.hits[name], self.as_hard_as(name)
+        return difference(self.near_minus_far(own, distances), self.near_minus_far(real, distances))
 
     def _mean(self, name: str) -> list[torch.Tensor]:
         return [one.mean(0) for one in self.hits[name]]
@@ -282,11 +323,11 @@ class RecognitionResult(Result):
                         "recognition falls with distance",
                         name,
                         "judges near to the network that distilled it are better on it than far ones, by more than on "
-                        "real images they have not seen",
+                        "unseen real images that noise has made as hard",
                         falls,
                         "greater",
                         0.0,
-                        "another random set of unseen real images",
+                        "another random set of unseen real images, plain or under noise",
                         "noise that was fitted to the near judges alone",
                         "paper T2",
                     )
@@ -331,7 +372,15 @@ class RecognitionResult(Result):
         fallen = tuple(self._by_distance(name) for name in self.distilled if self.falls(name) is not None)
         if fallen:
             title = "Share recognised, by near judges and by far ones"
-            columns = ("set", "near", "far", "near - far", "near - far, real", "fall beyond real")
+            columns = (
+                "set",
+                "near",
+                "far",
+                "near - far",
+                "near - far, real",
+                "near - far, real as hard",
+                "fall",
+            )
             tables.append(Table(title, columns, fallen))
         return tuple(tables)
 
@@ -350,10 +399,10 @@ class RecognitionResult(Result):
             )
             for far in (False, True)
         ]
-        own, real = (self.near_minus_far(of, distances) for of in (name, UNSEEN))
+        beside = (self.hits[name], self.hits[UNSEEN], self.as_hard_as(name))
         fall = self.falls(name)
         assert fall is not None
-        return (name, *both, _mean(own), _mean(real), fall)
+        return (name, *both, *(_mean(self.near_minus_far(hits, distances)) for hits in beside), fall)
 
     def notes(self) -> tuple[str, ...]:
         """Weak judges, assumed networks, and what an interval covers."""
@@ -388,7 +437,8 @@ class RecognitionResult(Result):
 
     def plot(self, ax: Axes) -> None:
         """A group a judge, a bar a set."""
-        marked = [f"{j}\n(weak)" if weak else j for j, weak in zip(self.judges, self._weak(), strict=True)]
+        broken = [judge.replace(" w", "\nw") for judge in self.judges]
+        marked = [f"{j} (weak)" if weak else j for j, weak in zip(broken, self._weak(), strict=True)]
         self._bars(ax, list(zip(marked, range(len(self.judges)), strict=True)))
 
     def plot_as_labelled(self, ax: Axes) -> None:
