@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -178,3 +179,29 @@ def settings_of(value: Any) -> dict[str, Any]:
         else:
             flat[field.name] = item
     return flat
+
+
+def shrunk(value: Any, names: Sequence[str], share: float) -> list[str]:
+    """The settings ``names`` (dotted; whole numbers or tuples of them) times ``share``, as ``NAME=VALUE``.
+
+    Rounded up, never below 2 where they were more: two models are the least that have a spread. What stays as it
+    is, or is not among the settings, is left out.
+    """
+
+    def less(count: int) -> int:
+        return min(count, max(2, math.ceil(count * share - 1e-9)))
+
+    flat = settings_of(value)
+    found = []
+    for name in names:
+        old = flat.get(name)
+        if isinstance(old, tuple):
+            new = ",".join(str(count) for count in dict.fromkeys(map(less, old)))
+            text = ",".join(map(str, old))
+        elif isinstance(old, int):
+            new, text = str(less(old)), str(old)
+        else:
+            continue
+        if new != text:
+            found.append(f"{name}={new}")
+    return found

@@ -11,7 +11,7 @@ import pytest
 from distillens import analyses, distillers, nets
 from distillens.core import recipe as recipe_module
 from distillens.core.checks import UserError
-from distillens.core.config import describe, override, restore, settings_of
+from distillens.core.config import describe, override, restore, settings_of, shrunk
 from distillens.core.dataset import Splits
 from distillens.core.recipe import Recipe
 from distillens.core.rng import Key
@@ -345,3 +345,30 @@ def test_settings_of_a_network_that_was_replaced_are_unknown() -> None:
 
 def test_a_field_that_is_named_twice_takes_the_last() -> None:
     assert override(Inner(), ["width=3", "norm=none", "width=5"]) == Inner(5, "none")
+
+
+@dataclass(frozen=True)
+class Timed:
+    steps: int = 300
+    moments: tuple[int, ...] = (30, 100, 300)
+
+
+@dataclass(frozen=True)
+class Sized:
+    pool: int = 52
+    seeds: int = 1
+    name: str = "a"
+    inner: Timed = Timed()
+
+
+def test_settings_shrink_by_a_share_and_say_to_what() -> None:
+    names = ("pool", "seeds", "inner.steps", "inner.moments", "name", "absent")
+    found = shrunk(Sized(), names, 0.1)
+    assert found == ["pool=6", "inner.steps=30", "inner.moments=3,10,30"]
+    small = override(Sized(), found)
+    assert small == Sized(6, 1, "a", Timed(30, (3, 10, 30)))
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.5, ["pool=26"]), (1e-6, ["pool=2"]), (1.0, [])])
+def test_two_models_are_left_and_nothing_grows(share: float, expected: list[str]) -> None:
+    assert shrunk(Sized(), ("pool", "seeds"), share) == expected

@@ -38,6 +38,7 @@ class Recognition:
     """
 
     question: ClassVar[str] = "Do networks that were trained on real data recognise distilled images?"
+    scales: ClassVar[tuple[str, ...]] = ("recipe.steps", "seeds")
 
     judges: tuple[Net, ...] = (ConvNet(), ConvNet(width=32), MLP())
     recipe: Recipe = Recipe(steps=7840, batch=256)
