@@ -65,9 +65,11 @@ class Study:
 
     @property
     def subjects(self) -> tuple[str, ...]:
-        """The distilled sets by name, as they are listed: in the paper's order where it has them all."""
+        """The distilled sets by name, as they are listed; in the paper's order where it has them."""
         names = (*self.given.sets, *self.methods)
-        return tuple(name for name in ORDER if name in names) if set(names) <= set(ORDER) else names
+        if not self.preset.published:
+            return names
+        return tuple(sorted(names, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER)))
 
     def settings_for(self, name: str, value: Any, scales: Sequence[str]) -> list[str]:
         """The settings of a method or an analysis whose defaults are ``value``: shrunk, then as they were asked for."""
