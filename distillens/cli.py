@@ -381,10 +381,12 @@ def report(
 
 @app.command(name="list")
 def list_(
-    what: Annotated[str, typer.Argument(help="distillers, analyses, nets, data, formats or protocols.")],
+    what: Annotated[
+        str, typer.Argument(help="distillers, analyses, nets, data, formats, protocols, presets.")
+    ],
     as_json: Json = False,
 ) -> None:
-    """What there is: distillers, analyses, nets, data, formats, protocols."""
+    """What there is: distillers, analyses, nets, data, formats, protocols, presets."""
     from distillens import pipeline
 
     rows = pipeline.listed(what)

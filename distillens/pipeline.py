@@ -29,6 +29,7 @@ from distillens.evaluation import protocol as protocols
 from distillens.experts import Experts, Trajectories
 from distillens.folders import claim, remove
 from distillens.forecast import check_fits, outlook
+from distillens.presets import PRESETS
 from distillens.report import write
 from distillens.runs import Runs
 from distillens.sessions import check_device, chosen_plan, recorded_plan, session
@@ -519,7 +520,7 @@ def write_report(folder: Path, *others: Path, to: Path | None = None) -> Path:
 
 
 def listed(what: str) -> list[dict[str, Any]]:
-    """What there is of a kind: distillers, analyses, nets, data, formats or protocols.
+    """What there is of a kind: distillers, analyses, nets, data, formats, protocols or presets.
 
     Raises:
         UserError: there is no such kind.
@@ -551,6 +552,7 @@ def listed(what: str) -> list[dict[str, Any]]:
         "protocols": lambda: [
             {"name": name, "about": one.source} for name, one in protocols.PROTOCOLS.items()
         ],
+        "presets": lambda: [{"name": name, "about": one.about} for name, one in PRESETS.items()],
     }
     if what not in kinds:
         raise unknown("list", what, kinds)
