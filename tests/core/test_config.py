@@ -12,6 +12,7 @@ from distillens import analyses, distillers, nets
 from distillens.core import recipe as recipe_module
 from distillens.core.checks import UserError
 from distillens.core.config import describe, override, restore, settings_of, shrunk
+from distillens.core.contracts import Net
 from distillens.core.dataset import Splits
 from distillens.core.recipe import Recipe
 from distillens.core.rng import Key
@@ -249,11 +250,14 @@ def test_what_does_not_fit_is_said_in_one_line(assignment: str, message: str) ->
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["mlp", "none"])
-def test_settings_that_text_cannot_hold_are_refused(text: str) -> None:
-    value = analyses.room.find("behaviour/recognition")()
-    with pytest.raises(UserError, match="setting 'judges' cannot be written as text; set it from Python"):
-        override(value, [f"judges={text}"])
+@dataclass(frozen=True)
+class Grid:
+    recipes: tuple[Recipe, ...] = (Recipe(),)
+
+
+def test_settings_that_text_cannot_hold_are_refused() -> None:
+    with pytest.raises(UserError, match="setting 'recipes' cannot be written as text; set it from Python"):
+        override(Grid(), ["recipes=sgd"])
 
 
 def test_settings_of_lists_what_can_be_set_with_dots() -> None:
@@ -372,3 +376,28 @@ def test_settings_shrink_by_a_share_and_say_to_what() -> None:
 @pytest.mark.parametrize(("share", "expected"), [(0.5, ["pool=26"]), (1e-6, ["pool=2"]), (1.0, [])])
 def test_two_models_are_left_and_nothing_grows(share: float, expected: list[str]) -> None:
     assert shrunk(Sized(), ("pool", "seeds"), share) == expected
+
+
+@dataclass(frozen=True)
+class Jury:
+    judges: tuple[Net, ...] = (ConvNet(), MLP())
+
+
+def test_a_tuple_of_networks_is_a_list_of_names_with_settings(digits: Splits) -> None:
+    chosen = override(Jury(), ["judges=mlp, resnet18(width=8 norm=batch),convnet(depth=2, width=16)"])
+    assert chosen.judges == (MLP(), ResNet18(8, "batch"), ConvNet(2, 16))
+    fitted = override(Jury(), ["judges=convnet"], like=digits.train)
+    assert fitted.judges == (ConvNet.defaults(digits.train),)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("resnet19", "unknown network 'resnet19'.*Did you mean"),
+        ("mlp(width", "a bracket is not closed"),
+        ("mlp(wide=3)", "unknown setting of mlp 'wide'"),
+    ],
+)
+def test_a_name_in_a_list_that_does_not_fit_is_refused(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        override(Jury(), [f"judges={text}"])
