@@ -251,13 +251,13 @@ def test_what_does_not_fit_is_said_in_one_line(assignment: str, message: str) ->
 
 
 @dataclass(frozen=True)
-class Grid:
-    recipes: tuple[Recipe, ...] = (Recipe(),)
+class NoJury:
+    judges: tuple[Net, ...] = ()  # none says which room they come from
 
 
 def test_settings_that_text_cannot_hold_are_refused() -> None:
-    with pytest.raises(UserError, match="setting 'recipes' cannot be written as text; set it from Python"):
-        override(Grid(), ["recipes=sgd"])
+    with pytest.raises(UserError, match="setting 'judges' cannot be written as text; set it from Python"):
+        override(NoJury(), ["judges=mlp"])
 
 
 def test_settings_of_lists_what_can_be_set_with_dots() -> None:
