@@ -29,6 +29,7 @@ from distillens.evaluation import protocol as protocols
 from distillens.experts import Experts, Trajectories
 from distillens.folders import claim, remove
 from distillens.forecast import check_fits, outlook
+from distillens.presets import PRESETS
 from distillens.report import write
 from distillens.runs import Runs
 from distillens.sessions import check_device, chosen_plan, recorded_plan, session
@@ -417,6 +418,7 @@ def ask(
     data: Splits | str,
     *,
     settings: Sequence[str] = (),
+    as_published: bool = False,
     seed: int = 0,
     store: Path | None = None,
     engine: str = "processes",
@@ -425,14 +427,23 @@ def ask(
 ) -> Result:
     """The answer of one analysis (``pointwise/leave_one_out``) about some sets.
 
+    It is asked by its defaults for the data, or ``as_published`` by the paper's protocol to the letter.
     ``engine`` and ``address`` are those of ``session``.
 
     Raises:
-        UserError: the analysis or a setting is unknown, or the sets do not belong to the data.
+        UserError: the analysis or a setting is unknown, the paper has no such experiment, or the sets do not belong
+            to the data.
     """
     gathered = gather(sets)
     real = beside(gathered, data)
-    analysis: Any = analyses.room.find(name).defaults(real.train)
+    kind: Any = analyses.room.find(name)
+    if as_published and not hasattr(kind, "as_published"):
+        raise UserError(
+            f"{name} is not an experiment of the paper",
+            expected=", ".join(published_analyses()),
+            fix="leave --as-published out",
+        )
+    analysis: Any = (kind.as_published if as_published else kind.defaults)(real.train)
     if "nets" in settings_of(analysis) and max(map(len, gathered.distilled.values())) == 1:
         analysis = replace(analysis, nets=5)  # of one set nothing but training can be repeated
     opened = session(real, store, engine=engine, address=address)
@@ -462,6 +473,11 @@ def _answer(
 def analysis_key(seed: int) -> Key:
     """The key of everything that looks at sets: analyses and sizes share judges, pools and network keys."""
     return Key(seed, ("analyse",))
+
+
+def published_analyses() -> list[str]:
+    """The analyses that the paper has too."""
+    return [name for name in analyses.room.names() if hasattr(analyses.room.find(name), "as_published")]
 
 
 def analyses_of(name: str) -> list[str]:
@@ -504,7 +520,7 @@ def write_report(folder: Path, *others: Path, to: Path | None = None) -> Path:
 
 
 def listed(what: str) -> list[dict[str, Any]]:
-    """What there is of a kind: distillers, analyses, nets, data, formats or protocols.
+    """What there is of a kind: distillers, analyses, nets, data, formats, protocols or presets.
 
     Raises:
         UserError: there is no such kind.
@@ -536,6 +552,7 @@ def listed(what: str) -> list[dict[str, Any]]:
         "protocols": lambda: [
             {"name": name, "about": one.source} for name, one in protocols.PROTOCOLS.items()
         ],
+        "presets": lambda: [{"name": name, "about": one.about} for name, one in PRESETS.items()],
     }
     if what not in kinds:
         raise unknown("list", what, kinds)

@@ -33,6 +33,7 @@ class Accuracy:
     """
 
     question: ClassVar[str] = "How well do networks do that were trained on the distilled set alone?"
+    scales: ClassVar[tuple[str, ...]] = ("protocol.recipe.steps", "protocol.moments")
 
     protocol: Protocol = WDDL
     net: Net = field(default_factory=ConvNet)

@@ -69,7 +69,7 @@ class FeatureMap:
     question: ClassVar[str] = (
         "Where do distilled images lie among real ones, as real-trained networks see them?"
     )
-    scales: ClassVar[tuple[str, ...]] = ("seeds", "recipe.steps")
+    scales: ClassVar[tuple[str, ...]] = ("recipe.steps", "seeds")
 
     net: Net = ConvNet()
     recipe: Recipe = Recipe(steps=7840, batch=256, optimiser="adam", lr=0.001, schedule="cosine")

@@ -41,6 +41,7 @@ class Mixing:
     """
 
     question: ClassVar[str] = "Does adding real images to distilled data help or hurt?"
+    scales: ClassVar[tuple[str, ...]] = ("recipe.steps",)
 
     real_per_class: tuple[int, ...] = (0, 2, 10, 50, 250)
     recipe: Recipe = Recipe(steps=300)

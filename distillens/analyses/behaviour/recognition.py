@@ -72,7 +72,7 @@ class Recognition:
     """
 
     question: ClassVar[str] = "Do networks that were trained on real data recognise distilled images?"
-    scales: ClassVar[tuple[str, ...]] = ("seeds", "recipe.steps")
+    scales: ClassVar[tuple[str, ...]] = ("recipe.steps", "seeds")
 
     judges: tuple[Net, ...] = (*PAPER, MLP(), ViT())
     recipe: Recipe = Recipe(steps=7840, batch=256, optimiser="adam", lr=0.001, schedule="cosine")
