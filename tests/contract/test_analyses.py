@@ -11,6 +11,7 @@ from distillens import analyses
 from distillens.analyses.behaviour.accuracy import Accuracy
 from distillens.analyses.behaviour.mixing import Mixing
 from distillens.analyses.behaviour.recognition import Recognition
+from distillens.analyses.behaviour.sensitivity import Sensitivity
 from distillens.analyses.pointwise.leave_one_out import LeaveOneOut
 from distillens.analyses.representativeness.early_agreement import EarlyAgreement
 from distillens.core.config import describe, restore
@@ -33,6 +34,7 @@ TINY: dict[str, Any] = {
     "behaviour/accuracy": Accuracy(Protocol("short", "", SHORT), NET),
     "behaviour/mixing": Mixing((0, 1), SHORT, NET),
     "behaviour/recognition": Recognition((NET,), SHORT, seeds=1),
+    "behaviour/sensitivity": Sensitivity((("lr", "x3"), ("steps", "x2")), (), SHORT, NET, full=1),
     "pointwise/leave_one_out": LeaveOneOut(NET, SHORT, inits=2),
     "representativeness/early_agreement": EarlyAgreement(
         NET,
