@@ -432,6 +432,7 @@ class SensitivityResult(Result):
         """Gain over the random subset in each setting; accuracy where there is none."""
         if RANDOM in self.values and self.distilled:
             self._draw(ax, self.distilled, self.gain, "gain over the random subset")
+            ax.axhline(0.0, color="0.5", lw=0.8, zorder=0)
         else:
             self._accuracies(ax)
 
