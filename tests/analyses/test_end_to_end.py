@@ -212,7 +212,9 @@ def test_twenty_nulls_end_to_end(digits: Splits, runs: Runs) -> None:
         )
         key = KEY.fold("null study", i)
         found = claims(Accuracy.defaults(digits.train)(sets, digits, runs, key=key))
-        found |= claims(Mixing((0, 1), Recipe(steps=300), ConvNet(2, 32))(sets, digits, runs, key=key))
+        mixing = Mixing((0, 1), Recipe(steps=300), ConvNet(2, 32), efforts=())
+        found |= claims(mixing(sets, digits, runs, key=key))
+        del found["null", "converges"]  # true of random subsets
         alarms += sum(verdict == "supported" for verdict in found.values())
     assert alarms <= 4  # 40 claims at 2.5 %: P(5 or more) is below 0.4 %
 

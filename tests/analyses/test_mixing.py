@@ -193,14 +193,14 @@ def test_mislabelled_real_images_hurt(digits: Splits, runs: Runs) -> None:
     )
     poisoned = Splits(wrong, digits.val, digits.test)
     sets = Sets({"means": (class_means(digits),) * 4})
-    result = Mixing((0, 5), SHORT, TINY)(sets, poisoned, runs, key=KEY)
+    result = Mixing((0, 5), SHORT, TINY, efforts=(1, 1.5))(sets, poisoned, runs, key=KEY)
     for name in HURTS:
         assert verdicts(result)["means", name] == "supported"
 
 
 def test_real_images_help_a_random_subset(digits: Splits, runs: Runs) -> None:
     sets = Sets({"null": subsets(digits, "m", 4)}, {"random_subset": subsets(digits, "base", 4)})
-    result = Mixing((0, 1, 5), SHORT, TINY)(sets, digits, runs, key=KEY)
+    result = Mixing((0, 1, 5), SHORT, TINY, efforts=(1, 1.5))(sets, digits, runs, key=KEY)
     for name in HURTS:
         assert verdicts(result)["null", name] != "supported"
     assert verdicts(result)["null", "recovers"] == "supported"
