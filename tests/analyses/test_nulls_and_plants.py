@@ -14,7 +14,6 @@ from scipy.optimize import brentq
 from scipy.stats import nct, t
 
 from distillens.analyses.behaviour.accuracy import AccuracyResult
-from distillens.analyses.behaviour.mixing import MixingResult
 from distillens.analyses.pointwise.leave_one_out import LeaveOneOutResult, own_class_share, self_agreement
 from distillens.analyses.representativeness.early_agreement import EarlyAgreementResult, Pools
 from distillens.core.dataset import Splits
@@ -84,28 +83,6 @@ def test_a_gain_that_five_pairs_can_see_is_found(bank: dict[str, torch.Tensor], 
         other = values[order[REPLICATES : 2 * REPLICATES], 0]
         found.append(accuracy_claim(own, other, "random_subset", "beats random"))
     assert supported(found) >= 180
-
-
-@pytest.mark.parametrize("ipc", [1, 10])
-def test_mixing_does_not_hurt_real_subsets_more_often_than_stated(
-    bank: dict[str, torch.Tensor], ipc: int
-) -> None:
-    values = bank[f"mixing.{ipc}"]
-    claims = []
-    for i in range(DRAWS):
-        rows = values[SEED.fold("mixing", ipc, i).permutation(len(values))[:REPLICATES]]
-        claims += MixingResult(("dm",), (0, ipc), ipc, {"dm": rows[:, None]}).claims()
-    assert supported(claims) <= ALARMS
-
-
-def test_mixing_that_changes_nothing_hurts_no_more_often_than_stated(bank: dict[str, torch.Tensor]) -> None:
-    # The sharper null: two measurements of one set in the place of "without" and "with".
-    values = bank["accuracy.10"]
-    claims = []
-    for i in range(DRAWS):
-        rows = values[SEED.fold("nothing", i).permutation(len(values))[:REPLICATES]]
-        claims += MixingResult(("dm",), (0, 10), 10, {"dm": rows[:, None]}).claims()
-    assert supported(claims) <= ALARMS
 
 
 def agreement_claims(bank: dict[str, torch.Tensor], place: Key, planted_at: float | None) -> list[Claim]:

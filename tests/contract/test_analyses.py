@@ -12,6 +12,7 @@ from distillens.analyses.behaviour.accuracy import Accuracy
 from distillens.analyses.behaviour.feature_map import FeatureMap
 from distillens.analyses.behaviour.mixing import Mixing
 from distillens.analyses.behaviour.recognition import Recognition
+from distillens.analyses.behaviour.sensitivity import Sensitivity
 from distillens.analyses.pointwise.leave_one_out import LeaveOneOut
 from distillens.analyses.representativeness.early_agreement import EarlyAgreement
 from distillens.core.config import describe, restore
@@ -36,6 +37,7 @@ TINY: dict[str, Any] = {
     "behaviour/feature_map": FeatureMap(NET, SHORT, seeds=2, shown=60),
     "behaviour/mixing": Mixing((0, 1), SHORT, NET),
     "behaviour/recognition": Recognition((NET, MLP(1, 16)), SHORT, (1.0, 0.5), seeds=1),
+    "behaviour/sensitivity": Sensitivity((("lr", "x3"), ("steps", "x2")), (), SHORT, NET, full=1),
     "pointwise/leave_one_out": LeaveOneOut(NET, SHORT, inits=2),
     "representativeness/early_agreement": EarlyAgreement(
         NET,
