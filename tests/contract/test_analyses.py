@@ -9,8 +9,11 @@ import pytest
 
 from distillens import analyses
 from distillens.analyses.behaviour.accuracy import Accuracy
+from distillens.analyses.behaviour.fairness import Fairness
 from distillens.analyses.behaviour.mixing import Mixing
+from distillens.analyses.behaviour.pixels import Pixels
 from distillens.analyses.behaviour.recognition import Recognition
+from distillens.analyses.behaviour.robustness import Robustness
 from distillens.analyses.pointwise.leave_one_out import LeaveOneOut
 from distillens.analyses.representativeness.early_agreement import EarlyAgreement
 from distillens.core.config import describe, restore
@@ -31,8 +34,13 @@ NET = ConvNet(depth=2, width=8)
 # Every analysis in a setting that takes a second or two.
 TINY: dict[str, Any] = {
     "behaviour/accuracy": Accuracy(Protocol("short", "", SHORT), NET),
+    "behaviour/fairness": Fairness(Protocol("short", "", SHORT), NET),
     "behaviour/mixing": Mixing((0, 1), SHORT, NET),
+    "behaviour/pixels": Pixels(),
     "behaviour/recognition": Recognition((NET,), SHORT, seeds=1),
+    "behaviour/robustness": Robustness(
+        Protocol("short", "", SHORT), NET, ("contrast", "jpeg"), (3,), (8 / 255,), steps=2, attacked=20
+    ),
     "pointwise/leave_one_out": LeaveOneOut(NET, SHORT, inits=2),
     "representativeness/early_agreement": EarlyAgreement(
         NET,
