@@ -35,7 +35,7 @@ def pgd(
     """
     low, high = (pixels - eps).clamp(0, 1), (pixels + eps).clamp(0, 1)
     at = torch.minimum(torch.maximum(pixels + eps * start, low), high)
-    best, highest = at, torch.full(pixels.shape[:2], -torch.inf, device=pixels.device)
+    best, highest = at, torch.full(pixels.shape[:2], -torch.inf, dtype=torch.float64, device=pixels.device)
     for _ in range(steps):
         losses, slope = _climb(logits, at, labels)
         best, highest = _higher(best, highest, at, losses)
@@ -54,14 +54,21 @@ def _higher(
 
 
 def _losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy [m, n] of logits [m, n, k]."""
-    return F.cross_entropy(logits.movedim(-1, 1), labels.expand(logits.shape[:2]), reduction="none")
+    """Cross-entropy [m, n] of logits [m, n, k], as a function of how far the label's logit is ahead.
+
+    As it is usually written its slope rounds to nothing where a network is confident, which would look robust.
+    """
+    logits = logits.double()
+    own = F.one_hot(labels, logits.shape[-1]).bool()
+    others = logits.masked_fill(own, -torch.inf).logsumexp(-1)
+    return F.softplus(others - logits.masked_fill(~own, 0).sum(-1))
 
 
 def _climb(logits: Logits, pixels: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of each image [m, n] and its slope in the image's pixels."""
-    at = pixels.detach().requires_grad_()
-    losses = _losses(logits(at), labels)
-    # Each loss depends on its own image alone, so the gradient of the sum holds them all.
-    (slope,) = torch.autograd.grad(losses.sum(), at)
+    with torch.enable_grad():
+        at = pixels.detach().requires_grad_()
+        losses = _losses(logits(at), labels)
+        # Each loss depends on its own image alone, so the gradient of the sum holds them all.
+        (slope,) = torch.autograd.grad(losses.sum(), at)
     return losses.detach(), slope
