@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,6 @@ from distillens.attacks import _losses, fgsm, pgd
 from distillens.core.contracts import logits_of_many
 from distillens.core.rng import Key
 from distillens.nets.convnet import ConvNet
-from types import SimpleNamespace
 
 KEY = Key(16, ("attacks",))
 M, N, K = 3, 5, 4

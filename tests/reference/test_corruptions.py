@@ -86,7 +86,9 @@ def test_gaussian_blur_is_a_sum_over_neighbours(side: int) -> None:
     weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
     weights /= weights.sum()
     wide = np.pad(image, reach, mode="edge")
-    rows = np.array([[wide[i : i + 2 * reach + 1, j] @ weights for j in range(wide.shape[1])] for i in range(side)])
+    rows = np.array(
+        [[wide[i : i + 2 * reach + 1, j] @ weights for j in range(wide.shape[1])] for i in range(side)]
+    )
     slow = np.array([[rows[i, j : j + 2 * reach + 1] @ weights for j in range(side)] for i in range(side)])
     fast = corrupt(torch.from_numpy(image)[None, None], "gaussian_blur", 4, KEY)[0, 0]
     np.testing.assert_allclose(fast.numpy(), slow, atol=1e-5)
@@ -108,7 +110,9 @@ def slow_motion(image: np.ndarray, angle: float, sigma: float, radius: int) -> n
     weights = [math.exp(-(t**2) / (2 * sigma**2)) for t in range(radius + 1)]
     for y in range(image.shape[0]):
         for x in range(image.shape[1]):
-            seen = [between(image, y + t * math.sin(angle), x + t * math.cos(angle)) for t in range(radius + 1)]
+            seen = [
+                between(image, y + t * math.sin(angle), x + t * math.cos(angle)) for t in range(radius + 1)
+            ]
             found[y, x] = np.dot(weights, seen) / sum(weights)
     return found
 
@@ -183,7 +187,9 @@ def test_contrast_keeps_the_mean_of_each_channel() -> None:
 def test_pixelate_is_pillows_box_down_and_up(severity: int) -> None:
     share = (0.95, 0.9, 0.85, 0.75, 0.65)[severity - 1]
     image = KEY.fold("box").uniform(1, 1, 9, 16)
-    small = Image.fromarray(image[0, 0].numpy()).resize((int(16 * share), int(9 * share)), Image.Resampling.BOX)
+    small = Image.fromarray(image[0, 0].numpy()).resize(
+        (int(16 * share), int(9 * share)), Image.Resampling.BOX
+    )
     slow = np.array(small.resize((16, 9), Image.Resampling.BOX))
     np.testing.assert_allclose(corrupt(image, "pixelate", severity, KEY)[0, 0].numpy(), slow, atol=1e-6)
 
@@ -202,14 +208,18 @@ def test_jpeg_is_pillows(channels: int) -> None:
     np.testing.assert_allclose(corrupt(image, "jpeg", 3, KEY)[0].numpy(), slow / 255, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["gaussian_blur", "motion_blur", "contrast", "pixelate", "translate", "rotate"])
+@pytest.mark.parametrize(
+    "name", ["gaussian_blur", "motion_blur", "contrast", "pixelate", "translate", "rotate"]
+)
 def test_an_image_of_one_level_stays(name: str) -> None:
     level = torch.full((2, 3, 8, 8), 0.3)
     torch.testing.assert_close(corrupt(level, name, 5, KEY), level)
 
 
 def test_every_table_has_five_severities() -> None:
-    tables = [value for name, value in vars(corruptions).items() if name.isupper() and isinstance(value, tuple)]
+    tables = [
+        value for name, value in vars(corruptions).items() if name.isupper() and isinstance(value, tuple)
+    ]
     assert len(tables) == len(CORRUPTIONS) + 2  # the radii of motion blur, and the severities themselves
     assert all(len(table) == 5 for table in tables)
 
