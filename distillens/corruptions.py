@@ -7,7 +7,8 @@ ImageNet-C's. Translation and rotation are ours, as theirs has neither. Where we
   smaller ones take the pixels themselves, as a quarter of them would leave an 8 px image as it is.
 - Images have any shape and any number of channels. Except by JPEG nothing is rounded to whole levels.
 - Motion blur is the same half of a Gaussian along a line, here with straight interpolation between pixels.
-- Frost, snow and spatter need photographs or more than a handful of lines; glass, zoom and elastic change little where images are small.
+- Left out: frost, snow and fog (of their weather brightness stays), glass, zoom and defocus blur (their extra Gaussian blur
+  is here), elastic transformation, and their extra speckle noise, spatter and saturation.
 """
 
 from __future__ import annotations

@@ -97,12 +97,10 @@ class Robustness:
         clean = _hits(models, real.test)
         corrupted = torch.stack(
             [
-                torch.stack(
-                    [_hits(models, self._corrupted(real.test, name, level, key)) for level in self.severities]
-                )
+                torch.stack([self._right(models, real.test, name, level, key) for level in self.severities])
                 for name in self.corruptions
             ]
-        )  # [corruptions, severities, models, n]
+        )  # [corruptions, severities, models]
         chosen = key.fold("attacked").permutation(len(labels))[: self.attacked].sort().values
         victims = real.test.take(chosen.to(labels.device))
         start = key.fold("pgd").uniform(len(victims), *victims.shape, low=-1.0)
@@ -113,7 +111,7 @@ class Robustness:
 
         def by_set(values: torch.Tensor) -> dict[str, torch.Tensor]:
             """Values [models, ...] as [replicates, networks, ...] by set."""
-            each = iter(torch.split(values, [len(one.flat) for many in found.values() for one in many]))
+            each = iter(torch.split(values.cpu(), [len(one.flat) for many in found.values() for one in many]))
             return {
                 name: by_replicate(name, [next(each) for _ in many], replicates)
                 for name, many in found.items()
@@ -130,14 +128,16 @@ class Robustness:
             (len(labels), len(victims)),
             sets.space.invertible,
             by_set(clean.mean(-1)),
-            by_set(corrupted.mean(-1).movedim(-1, 0)),
+            by_set(corrupted.movedim(-1, 0)),
             by_set(clean[:, chosen.to(clean.device)].mean(-1)),
             by_set(attacked.mean(-1).T),
         )
 
-    def _corrupted(self, data: Dataset, name: str, severity: int, key: Key) -> Dataset:
+    def _right(self, models: Population, data: Dataset, name: str, severity: int, key: Key) -> torch.Tensor:
+        """The accuracy of each network [m] under one corruption, the same images for all."""
         pixels = corrupt(data.pixels().clamp(0, 1), name, severity, key.fold("corruption", name, severity))
-        return Dataset(data.space.from_pixels(pixels), data.labels, data.classes, data.space)
+        shown = Dataset(data.space.from_pixels(pixels), data.labels, data.classes, data.space)
+        return _hits(models, shown).mean(-1)
 
     def _attacks(self) -> dict[str, tuple[float, int]]:
         """Half side of the box and steps, by name; FGSM has none."""
@@ -315,7 +315,7 @@ def _lost(after: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
 def _together(judges: list[Judged]) -> Population:
     """All networks as one population, those that count as its final ones."""
     bare = [
-        replace(one.population, final=one.flat, snapshots=one.flat[:, None, :][:, :0], seen={})
+        replace(one.population, final=one.flat, moments=(), snapshots=one.flat[:, None][:, :0], seen={})
         for one in judges
     ]
     return Population.joined(bare)
