@@ -9,9 +9,12 @@ import pytest
 
 from distillens import analyses
 from distillens.analyses.behaviour.accuracy import Accuracy
+from distillens.analyses.behaviour.fairness import Fairness
 from distillens.analyses.behaviour.feature_map import FeatureMap
 from distillens.analyses.behaviour.mixing import Mixing
+from distillens.analyses.behaviour.pixels import Pixels
 from distillens.analyses.behaviour.recognition import Recognition
+from distillens.analyses.behaviour.robustness import Robustness
 from distillens.analyses.behaviour.sensitivity import Sensitivity
 from distillens.analyses.pointwise.leave_one_out import LeaveOneOut
 from distillens.analyses.representativeness.early_agreement import EarlyAgreement
@@ -38,6 +41,11 @@ TINY: dict[str, Any] = {
     "behaviour/mixing": Mixing((0, 1), SHORT, NET),
     "behaviour/recognition": Recognition((NET, MLP(1, 16)), SHORT, (1.0, 0.5), seeds=1),
     "behaviour/sensitivity": Sensitivity((("lr", "x3"), ("steps", "x2")), (), SHORT, NET, full=1),
+    "behaviour/fairness": Fairness(Protocol("short", "", SHORT), NET),
+    "behaviour/pixels": Pixels(),
+    "behaviour/robustness": Robustness(
+        Protocol("short", "", SHORT), NET, ("contrast", "jpeg"), (3,), (8 / 255,), steps=2, attacked=20
+    ),
     "pointwise/leave_one_out": LeaveOneOut(NET, SHORT, inits=2),
     "representativeness/early_agreement": EarlyAgreement(
         NET,

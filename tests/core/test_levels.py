@@ -23,6 +23,8 @@ LEVELS = {
     "data": 1,
     "nets": 1,
     "augment": 1,
+    "corruptions": 1,
+    "attacks": 1,
     "formats": 2,
     "engine": 1,
     "train": 2,
