@@ -9,7 +9,9 @@ import pytest
 
 from distillens import analyses
 from distillens.analyses.behaviour.accuracy import Accuracy
+from distillens.analyses.behaviour.cross_net import CrossNet
 from distillens.analyses.behaviour.mixing import Mixing
+from distillens.analyses.behaviour.ranking import Ranking
 from distillens.analyses.behaviour.recognition import Recognition
 from distillens.analyses.pointwise.leave_one_out import LeaveOneOut
 from distillens.analyses.representativeness.early_agreement import EarlyAgreement
@@ -22,6 +24,7 @@ from distillens.distillers.random_subset import RandomSubset
 from distillens.engine.plan import Plan
 from distillens.evaluation.protocol import Protocol
 from distillens.nets.convnet import ConvNet
+from distillens.nets.mlp import MLP
 from distillens.runs import Runs
 
 KEY = Key(31, ("contract",))
@@ -31,7 +34,9 @@ NET = ConvNet(depth=2, width=8)
 # Every analysis in a setting that takes a second or two.
 TINY: dict[str, Any] = {
     "behaviour/accuracy": Accuracy(Protocol("short", "", SHORT), NET),
+    "behaviour/cross_net": CrossNet((NET, MLP(1, 16)), SHORT, (0.01, 0.1)),
     "behaviour/mixing": Mixing((0, 1), SHORT, NET),
+    "behaviour/ranking": Ranking(NET, SHORT, (0.01, 0.1), augment="crop"),
     "behaviour/recognition": Recognition((NET,), SHORT, seeds=1),
     "pointwise/leave_one_out": LeaveOneOut(NET, SHORT, inits=2),
     "representativeness/early_agreement": EarlyAgreement(

@@ -28,6 +28,7 @@ from distillens.nets import made_with
 from distillens.nets.convnet import ConvNet
 
 K = 4
+PAPERS = WDDL()
 MEAN, STD = [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]  # as the field's code has them, typed again
 
 
@@ -53,7 +54,7 @@ def saved(path: Path, value: Any) -> Path:
     return path
 
 
-def refusal(path: Path, layout: Any = WDDL(), data: Splits | None = None) -> str:
+def refusal(path: Path, layout: Any = PAPERS, data: Splits | None = None) -> str:
     with pytest.raises(UserError) as error:
         layout.read(path, data or real())
     return str(error.value)
