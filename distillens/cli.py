@@ -266,16 +266,30 @@ def import_(
     to: Annotated[Path, typer.Option("--to", help="The folder to write.")],
     kind: Annotated[str, typer.Option("--from", help="distillens list formats.")],
     data: Data = "digits",
-    net: Annotated[str, typer.Option("--net", help="The network it belongs to.")] = "convnet",
+    net: Annotated[
+        str | None,
+        typer.Option("--net", help="The network that experts are of (convnet), or a set was distilled on."),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="What a set is called; the name of its file by default.")
+    ] = None,
     settings: Settings = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Bring in what others have made: expert trajectories in the layout of MTT's buffers."""
+    """Bring in what others have made: distilled sets, or expert trajectories to follow."""
     from distillens import pipeline
+    from distillens.core.artefact import DistilledDataset
 
-    found = pipeline.import_(source, kind, data, to=to, net=net, settings=settings or (), force=force)
-    if as_json:
+    found = pipeline.import_(
+        source, kind, data, to=to, net=net, name=name, settings=settings or (), force=force
+    )
+    if isinstance(found, DistilledDataset):
+        if as_json:
+            print(json.dumps({"folder": str(to), "fingerprint": found.fingerprint, "points": len(found)}))
+        else:
+            print(f"{len(found)} points in {to}: next, distillens evaluate {to}")
+    elif as_json:
         print(json.dumps({"folder": str(to), "experts": len(found), "passes": found.passes}))
     else:
         print(

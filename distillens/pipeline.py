@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -496,22 +497,57 @@ def import_(
     data: Splits | str,
     *,
     to: Path,
-    net: str = "convnet",
+    net: str | None = None,
+    name: str | None = None,
     settings: Sequence[str] = (),
     force: bool = False,
-) -> Trajectories:
-    """Bring in what others have made: now expert trajectories (``mtt_buffer``), for ``distill(..., experts=to)``.
+) -> Trajectories | DistilledDataset:
+    """Bring in what others have made: expert trajectories for ``distill(..., experts=to)``, or a distilled set.
 
-    ``net`` with ``settings`` (``width=64``) is the network they are of.
+    Of experts (``mtt_buffer``) ``net`` with ``settings`` (``width=64``) is the network they are of. A set (``wddl``,
+    ``dc``) becomes a run folder of the method ``name``, by default the file's; ``settings`` are the format's
+    (``mean=0.5,0.5,0.5``), ``net`` is the network it was distilled on, where that is known.
 
     Raises:
-        UserError: the format is unknown, the file does not fit it or the network, or the folder is taken.
+        UserError: the format is unknown, the file does not fit it, the data or the network, or the folder is taken.
     """
-    like = (load(data) if isinstance(data, str) else data).train
-    network: Any = nets.room.find(net)
-    chosen = override(network.defaults(like), settings)
-    found: Trajectories = formats.room.find(kind).read(source, chosen, like, to, force=force)
-    return found
+    real = load(data) if isinstance(data, str) else data
+    layout: Any = formats.room.find(kind)
+    if layout.holds == "experts":
+        if name is not None:
+            raise UserError("imported experts have no name", got=repr(name), fix="leave --name out")
+        network: Any = nets.room.find(net or "convnet")
+        chosen = override(network.defaults(real.train), settings)
+        experts: Trajectories = layout.read(source, chosen, real.train, to, force=force)
+        return experts
+    return _import_set(source, override(layout(), settings), real, to, net=net, name=name, force=force)
+
+
+def _import_set(
+    source: Path, layout: Any, real: Splits, to: Path, *, net: str | None, name: str | None, force: bool
+) -> DistilledDataset:
+    """A foreign set as a run folder. What nobody told of it its provenance does not say."""
+    found: DistilledDataset = layout.read(source, real)
+    made_with = {} if net is None else {"net": describe(nets.named(net, real.train))}
+    provenance = Provenance(
+        method=name or source.stem,
+        settings={"imported": describe(layout), **made_with},
+        ipc=max(1, round(found.ipc)),
+        key=Key(0, ("imported",)),
+        data=real.source,
+        data_fingerprint=real.fingerprint,
+        inputs={"file": hashlib.sha256(source.read_bytes()).hexdigest()},
+        versions=versions(),
+    )
+    # Nothing was planned: whoever distils into the folder finds no plan to go on with.
+    asked = {name: value for name, value in request(provenance, real).items() if name != "plan"}
+    with held(to):
+        claim(to, asked, force=force)
+        if (to / "provenance.json").is_file():
+            return DistilledDataset.load(to)
+        made = replace(found, provenance=provenance)
+        made.save(to)
+    return made
 
 
 def write_report(folder: Path, *others: Path, to: Path | None = None) -> Path:

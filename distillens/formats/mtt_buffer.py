@@ -8,15 +8,12 @@ learning rate are not in it. Source: Cazenavette et al. 2022, ``buffer.py``.
 from __future__ import annotations
 
 import hashlib
-import pickle
 import re
-import warnings
-import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -28,9 +25,11 @@ from distillens.core.storage import sweep, write_pieces
 from distillens.core.vector import Shapes
 from distillens.engine.workers import pinned_threads
 from distillens.experts import Listing, Trajectories
+from distillens.formats._torch_file import loaded
 
 _NAME = re.compile(r"replay_buffer_(\d+)\.pt")
 _OURS = re.compile(r"experts-\d+\.safetensors|experts\.json|\..*\.part")
+_WHAT = "a buffer of expert trajectories"
 _EXPECTED = "a list of experts, each a list of snapshots, each a list of float32 tensors"
 
 Buffer = Sequence[Sequence[Sequence[torch.Tensor]]]  # expert, snapshot, parameter
@@ -39,6 +38,8 @@ Buffer = Sequence[Sequence[Sequence[torch.Tensor]]]  # expert, snapshot, paramet
 @dataclass(frozen=True)
 class MTTBuffer:
     """Expert trajectories of MTT, TESLA, FTD and DATM: replay_buffer_N.pt."""
+
+    holds: ClassVar[Literal["experts"]] = "experts"
 
     @staticmethod
     def recognises(path: Path) -> bool:
@@ -135,25 +136,7 @@ def _numbered(folder: Path) -> list[Path]:
 
 def _load(file: Path) -> Buffer:
     """The lists in a file, its tensors mapped from the disk where the file allows it."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about files that are refused anyway
-            found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError as error:
-        called = re.search(r"GLOBAL (\S+)", str(error))
-        if called:
-            raise UserError(
-                f"{file} is refused: reading it would run code from the file",
-                got=f"a call of {called[1]}",
-                expected=_EXPECTED,
-                fix="use a file from another source, or save its tensors in plain lists where you trust it",
-            ) from error
-        raise _no_buffer(file, "a file that torch.load cannot read") from error
-    except Exception as error:  # bytes of any other kind fail in any way
-        first = str(error).partition("\n")[0][:100]
-        raise _no_buffer(
-            file, f"a file that torch.load cannot read ({type(error).__name__}: {first})"
-        ) from error
+    found = loaded(file, _WHAT, _EXPECTED)
     _check_nesting(file, found)
     experts: Buffer = found
     return experts
@@ -183,7 +166,7 @@ def _check_nesting(file: Path, found: Any) -> None:
 
 
 def _no_buffer(file: Path, got: str) -> UserError:
-    return UserError(f"{file} is not a buffer of expert trajectories", got=got, expected=_EXPECTED)
+    return UserError(f"{file} is not {_WHAT}", got=got, expected=_EXPECTED)
 
 
 @dataclass(frozen=True)

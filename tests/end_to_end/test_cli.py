@@ -290,7 +290,7 @@ def test_imported_experts_are_followed(distillens, digits, tmp_path: Path) -> No
 
 def test_formats_are_listed(distillens) -> None:
     done = distillens("list", "formats", "--json")
-    assert [row["name"] for row in json.loads(done.stdout)] == ["mtt_buffer"]
+    assert [row["name"] for row in json.loads(done.stdout)] == ["dc", "mtt_buffer", "wddl"]
 
 
 def test_a_diverging_distillation_is_one_line_and_keeps_a_set(distillens, tmp_path: Path) -> None:

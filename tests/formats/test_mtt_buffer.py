@@ -75,7 +75,7 @@ def refusal(path: Path, to: Path, net: Any = NET) -> str:
 
 
 def test_the_room_finds_the_layout_by_name() -> None:
-    assert formats.room.names() == ["mtt_buffer"]
+    assert formats.room.names() == ["dc", "mtt_buffer", "wddl"]
     assert formats.room.find("mtt_buffer") is MTTBuffer
     with pytest.raises(UserError, match=r"unknown format 'mtt_bufer'; Did you mean 'mtt_buffer'\?"):
         formats.room.find("mtt_bufer")
