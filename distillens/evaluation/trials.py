@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -38,10 +39,15 @@ class Judged:
         """The share of images that each network gets right, [m]."""
         return (self.logits(data).argmax(-1) == data.labels.hard()).double().mean(1)
 
-    def seen(self, training: Training) -> float:
+    def seen(self, training: Training) -> int:
         """Images that each network was shown till then, in one of the protocol's trainings on the set."""
-        shown = training.image_steps / len(training.keys)
-        return shown if self.moment is None else shown * self.moment / training.steps
+        if training.order is not None:
+            return int((training.order.steps >= 0).sum())
+        n = len(training.data)
+        batch = min(training.recipe.batch or n, n)
+        steps = training.steps if self.moment is None else self.moment
+        passes, rest = divmod(steps, math.ceil(n / batch))
+        return passes * n + rest * batch  # the short batch comes last in a pass
 
 
 def trials(
