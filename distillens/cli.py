@@ -304,7 +304,12 @@ def evaluate(
         str | None, typer.Option("--data", help="Real data; that of the sets by default.")
     ] = None,
     protocol: Annotated[str, typer.Option("--protocol", help="distillens list protocols.")] = "wddl",
-    nets: Annotated[int, typer.Option("--nets", min=1, help="Networks a set.")] = 5,
+    nets: Annotated[
+        int | None, typer.Option("--nets", min=1, help="Networks a set; the protocol's by default, or 5.")
+    ] = None,
+    net: Annotated[
+        str | None, typer.Option("--net", help="distillens list nets; the protocol's by default.")
+    ] = None,
     seed: Seed = 0,
     engine: EngineOption = "processes",
     address: Address = None,
@@ -324,6 +329,7 @@ def evaluate(
             data or source,
             protocol=protocol,
             nets=nets,
+            net=net,
             seed=seed,
             initial=initial,
             store=place / "store",

@@ -27,9 +27,12 @@ from distillens.core.storage import held, write_json
 from distillens.data import in_space, load, sources
 from distillens.engine.plan import Plan, Precision
 from distillens.evaluation import protocol as protocols
+from distillens.evaluation.published import PROTOCOLS
+from distillens.evaluation.trials import taught
 from distillens.experts import Experts, Trajectories
 from distillens.folders import claim, remove
 from distillens.forecast import check_fits, outlook
+from distillens.nets import named
 from distillens.presets import PRESETS
 from distillens.report import write
 from distillens.runs import Runs
@@ -388,7 +391,7 @@ def evaluate(
     data: Splits | str,
     *,
     protocol: str = "wddl",
-    nets: int = 5,
+    nets: int | None = None,
     net: Any = None,
     seed: int = 0,
     initial: Mapping[str, Given] | None = None,
@@ -399,16 +402,21 @@ def evaluate(
 ) -> Result:
     """Train fresh networks on each set; a random subset, herding and the full data stand beside it.
 
-    All of them are in the space that the sets are in. ``nets`` networks look at each set. With one set a name the
-    interval covers training only. ``engine`` and ``address`` are those of ``session``.
+    All of them are in the space that the sets are in, and have the labels of the protocol's teacher where it has one.
+    ``nets`` networks look at each set: as many as the protocol says, five where it says one. ``net`` is the network or its
+    name; else the protocol's, else the field's ConvNet. With one set a name the interval covers training only. ``engine`` and
+    ``address`` are those of ``session``.
 
     Raises:
-        UserError: the sets do not belong to the data, or are in several spaces.
+        UserError: the sets do not belong to the data, or are in several spaces; protocol or network is unknown.
     """
     gathered = gather(sets, initial)
     real = beside(gathered, data)
-    chosen = replace(protocols.find(protocol), nets=nets)
-    analysis = replace(Accuracy.defaults(real.train), protocol=chosen, **({"net": net} if net else {}))
+    chosen = protocols.find(protocol)
+    chosen = replace(chosen, nets=nets or (chosen.nets if chosen.nets > 1 else 5))
+    analysis = Accuracy.defaults(real.train)
+    wanted = named(net, real.train) if isinstance(net, str) else net
+    analysis = replace(analysis, protocol=chosen, net=wanted or chosen.net or analysis.net)
     opened = session(real, store, engine=engine, address=address)
     return _answer(analysis, gathered, real, opened, seed, tell)
 
@@ -463,6 +471,8 @@ def _answer(
     with opened as runs:
         everything = with_baselines(sets, real, runs, seed=seed, tell=tell)
         key = analysis_key(seed)
+        if isinstance(analysis, Accuracy):
+            everything = taught(analysis.protocol, analysis.net, everything, real, runs, key)
         runs.make(
             analysis.trainings(everything, real, key=key),
             report=lambda done, total: tell("training models", done, total),
@@ -585,9 +595,7 @@ def listed(what: str) -> list[dict[str, Any]]:
             {"name": name, "about": first_line(formats.room.find(name))} for name in formats.room.names()
         ],
         "data": lambda: [{"name": name} for name in sources()],
-        "protocols": lambda: [
-            {"name": name, "about": one.source} for name, one in protocols.PROTOCOLS.items()
-        ],
+        "protocols": lambda: [{"name": name, "about": one.source} for name, one in PROTOCOLS.items()],
         "presets": lambda: [{"name": name, "about": one.about} for name, one in PRESETS.items()],
     }
     if what not in kinds:
