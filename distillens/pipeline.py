@@ -471,14 +471,19 @@ def _answer(
     with opened as runs:
         everything = with_baselines(sets, real, runs, seed=seed, tell=tell)
         key = analysis_key(seed)
-        if isinstance(analysis, Accuracy):
-            everything = taught(analysis.protocol, analysis.net, everything, real, runs, key)
+        everything = shown_to(analysis, everything, real, runs, key)
         runs.make(
             analysis.trainings(everything, real, key=key),
             report=lambda done, total: tell("training models", done, total),
         )
         result: Result = analysis(everything, real, runs, key=key)
     return result
+
+
+def shown_to(analysis: Any, sets: Sets, real: Splits, runs: Runs, key: Key) -> Sets:
+    """The sets as an analysis sees them: with the labels of its protocol's teacher, where it has one."""
+    protocol = getattr(analysis, "protocol", None)
+    return sets if protocol is None else taught(protocol, analysis.net, sets, real, runs, key)
 
 
 def analysis_key(seed: int) -> Key:

@@ -21,6 +21,7 @@ from distillens.core.result import Claim, Result
 from distillens.core.storage import held, sweep, write_json
 from distillens.engine.plan import Plan, Precision, cores
 from distillens.evaluation import protocol as protocols
+from distillens.evaluation.trials import teacher
 from distillens.experts import Experts
 from distillens.folders import claim
 from distillens.given import Given, bring
@@ -32,6 +33,7 @@ from distillens.pipeline import (
     analysis_key,
     carry_out,
     inputs_of,
+    shown_to,
     silent,
     versions,
 )
@@ -320,6 +322,8 @@ def forecast(study: Study, workers: int) -> Forecast:
         stand_in = _stand_ins(study, ipc)
         for question in study.questions(ipc):
             trainings += question.trainings(stand_in, real, key=analysis_key(study.seed))
+            if hasattr(question, "protocol"):
+                trainings += teacher(question.protocol, question.net, real, analysis_key(study.seed))
     distinct = {part.fingerprint: part for t in trainings for part in chunks(t, study.plan)}
     accuracy = next(one for one in study.questions(study.ipc[0]) if isinstance(one, Accuracy))
     short = Training(real.train, accuracy.net, accuracy.protocol.recipe, (analysis_key(0),))
@@ -481,11 +485,14 @@ def _moved(distilled: DistilledDataset, device: Any) -> DistilledDataset:
 
 def _train(wanted: Study, everything: Mapping[int, Sets], runs: Runs, tell: Tell) -> None:
     """Train for all questions of all sizes together: one queue, no model twice."""
+    key = analysis_key(wanted.seed)
     trainings = [
         training
         for ipc, sets in everything.items()
         for question in wanted.questions(ipc)
-        for training in question.trainings(sets, wanted.real, key=analysis_key(wanted.seed))
+        for training in question.trainings(
+            shown_to(question, sets, wanted.real, runs, key), wanted.real, key=key
+        )
     ]
     runs.make(trainings, report=lambda done, total: tell("training models for all questions", done, total))
 
@@ -496,7 +503,9 @@ def _analyse(wanted: Study, everything: Mapping[int, Sets], to: Path, runs: Runs
     found: list[tuple[str, Claim]] = []
     for ipc, sets in everything.items():
         for question in wanted.questions(ipc):
-            result: Result = question(sets, wanted.real, runs, key=analysis_key(wanted.seed))
+            key = analysis_key(wanted.seed)
+            seen = shown_to(question, sets, wanted.real, runs, key)
+            result: Result = question(seen, wanted.real, runs, key=key)
             result.save(to / "results" / f"ipc{ipc}", {"ipc": ipc, "settings": describe(question)})
             found += [(result.analysis, one) for one in result.claims()]
             done += 1
