@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from distillens import formats
 from distillens.core.artefact import DistilledDataset
 from distillens.core.checks import UserError
 from distillens.core.contracts import Sets
 from distillens.core.dataset import Splits
+from distillens.formats.wddl import WDDL
+from distillens.pipeline import imported
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,4 +72,9 @@ def bring(places: Sequence[str], real: Splits) -> Given:
 
 
 def _one(path: Path, real: Splits, name: str) -> DistilledDataset:
-    return DistilledDataset.load(path)
+    """A run folder's set, or a file's: in the layout that its name tells, else in the paper's."""
+    if not path.is_file():
+        return DistilledDataset.load(path)
+    layouts: list[Any] = [formats.room.find(each) for each in formats.room.names()]
+    told = [layout for layout in layouts if layout.holds == "sets" and layout.recognises(path)]
+    return imported(path, (told[0] if told else WDDL)(), real, name=name or None)

@@ -538,10 +538,14 @@ def import_(
     return _import_set(source, override(layout(), settings), real, to, net=net, name=name, force=force)
 
 
-def _import_set(
-    source: Path, layout: Any, real: Splits, to: Path, *, net: str | None, name: str | None, force: bool
+def imported(
+    source: Path, layout: Any, real: Splits, *, net: str | None = None, name: str | None = None
 ) -> DistilledDataset:
-    """A foreign set as a run folder. What nobody told of it its provenance does not say."""
+    """The set in a file of a layout. What nobody told of it its provenance does not say.
+
+    Raises:
+        UserError: the file does not fit the layout or the data.
+    """
     found: DistilledDataset = layout.read(source, real)
     made_with = {} if net is None else {"net": describe(nets.named(net, real.train))}
     provenance = Provenance(
@@ -554,13 +558,21 @@ def _import_set(
         inputs={"file": hashlib.sha256(source.read_bytes()).hexdigest()},
         versions=versions(),
     )
+    return replace(found, provenance=provenance)
+
+
+def _import_set(
+    source: Path, layout: Any, real: Splits, to: Path, *, net: str | None, name: str | None, force: bool
+) -> DistilledDataset:
+    """A foreign set as a run folder."""
+    made = imported(source, layout, real, net=net, name=name)
+    assert made.provenance is not None
     # Nothing was planned: whoever distils into the folder finds no plan to go on with.
-    asked = {name: value for name, value in request(provenance, real).items() if name != "plan"}
+    asked = {name: value for name, value in request(made.provenance, real).items() if name != "plan"}
     with held(to):
         claim(to, asked, force=force)
         if (to / "provenance.json").is_file():
             return DistilledDataset.load(to)
-        made = replace(found, provenance=provenance)
         made.save(to)
     return made
 

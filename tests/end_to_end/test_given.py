@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from distillens import pipeline, studies
 from distillens.core.artefact import DistilledDataset
@@ -102,3 +103,18 @@ def test_what_does_not_fit_is_refused(
     given = [named[place] if isinstance(place, str) else str(folders[place]) for place in places]
     with pytest.raises(UserError, match=message):
         studies.design(digits, distilled=given, preset="smoke", **wishes)  # type: ignore[arg-type]
+
+
+def test_a_file_in_the_papers_layout_is_taken_as_it_is(
+    folders: list[Path], digits: Splits, tmp_path: Path
+) -> None:
+    data = DistilledDataset.load(folders[0]).dataset()
+    mean = torch.tensor(0.5)
+    torch.save({"data": (data.pixels() - mean) / 0.25, "label": data.labels.hard()}, tmp_path / "mtt.pt")
+    with pytest.raises(UserError, match="channel"):  # the paper's constants are those of three channels
+        bring([str(tmp_path / "mtt.pt")], digits)
+    to = tmp_path / "mtt"
+    settings = ["mean=0.5", "std=0.25"]
+    pipeline.import_(tmp_path / "mtt.pt", "wddl", digits, to=to, settings=settings)
+    given = bring([str(to)], digits)
+    torch.testing.assert_close(given.sets["mtt"][0].dataset().images, data.images, rtol=0, atol=1e-5)
