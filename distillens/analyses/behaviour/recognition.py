@@ -320,7 +320,7 @@ class RecognitionResult(Result):
             if falls is not None:
                 claims.append(
                     Claim(
-                        "recognition falls with distance",
+                        "falls with distance",
                         name,
                         "judges near to the network that distilled it are better on it than far ones, by more than on "
                         "unseen real images that noise has made as hard",
@@ -413,6 +413,16 @@ class RecognitionResult(Result):
         if self.assumed:
             notes.append(
                 f"Not known on which network: {', '.join(self.assumed)}. The distance is that from the field's ConvNet."
+            )
+        clearer = [
+            name
+            for name in self.distilled
+            if self.falls(name) is not None and self.recognised(name).value > self.recognised(UNSEEN).value
+        ]
+        if clearer:
+            notes.append(
+                f"Recognised better than real images are: {', '.join(clearer)}. Near judges have little room to be better "
+                "there, so that recognition does not fall with distance says little."
             )
         single = [name for name in self.distilled if len(self.hits[name]) == 1]
         if single:
