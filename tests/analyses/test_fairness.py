@@ -187,7 +187,7 @@ def test_random_subsets_are_less_fair_or_calibrated_no_more_often_than_stated(
             {},
         )
         for claim in result.claims():
-            found[claim.name] += claim.verdict == "supported"
+            found[claim.name] += claim.estimate.low > 0  # even without the margin
     assert max(found.values()) <= ALARMS
 
 
