@@ -90,6 +90,8 @@ def test_reliability_counts_every_image_once() -> None:
     torch.testing.assert_close(bins[..., 2].sum(-1), (LOGITS.argmax(-1) == LABELS).double().mean(-1))
     certain = torch.tensor([[[1e4, 0.0]]]).double()
     assert reliability(certain, torch.tensor([0]), 15)[0, -1].tolist() == [1, 1, 1]
+    # On the edge of two bins the lower one counts.
+    assert reliability(torch.zeros(1, 1, 2), torch.tensor([0]), 2)[0, :, 0].tolist() == [1, 0]
 
 
 def test_calibration_error_in_closed_form() -> None:
@@ -185,7 +187,7 @@ def test_random_subsets_are_less_fair_or_calibrated_no_more_often_than_stated(
             {},
         )
         for claim in result.claims():
-            found[claim.name] += claim.verdict == "supported"
+            found[claim.name] += claim.estimate.low > 0  # even without the margin
     assert max(found.values()) <= ALARMS
 
 

@@ -190,7 +190,7 @@ def test_random_subsets_are_more_fragile_no_more_often_than_stated(
             "wddl", "ConvNet", ("dm",), ("random_subset",), (), (), (), (450, 200), True, *values
         )
         for claim in result.claims():
-            found[claim.name] += claim.verdict == "supported"
+            found[claim.name] += claim.estimate.low > 0  # even without the margin
     assert max(found.values()) <= ALARMS
 
 
