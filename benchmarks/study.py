@@ -4,6 +4,7 @@
     python benchmarks/study.py trajectories           # on digits too: the methods that follow or differentiate training
     python benchmarks/study.py matching               # on digits too: those that match gradients or distributions, or regress
     python benchmarks/study.py coresets               # on digits too: the methods that choose real images
+    python benchmarks/study.py paper                  # on digits too: the paper's experiments, as published
     python benchmarks/study.py cifar10 runs/cifar10   # from a folder that a study has finished
 
 The JSON is what README and docs quote: docs/render.py writes it into them.
@@ -28,6 +29,7 @@ STUDIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "matching": ("digits", {"methods": ("dsa", "idc", "m3d", "ncfm", "kip", "frepo")}),
     # Herding and a random subset stand beside every study.
+    "paper": ("digits", {"preset": "wddl", "replicates": 5}),
     "coresets": ("digits", {"methods": ("k_center", "k_means", "el2n", "grand", "forgetting")}),
 }
 RESULTS = Path(__file__).parent / "results"
@@ -56,7 +58,10 @@ def collect(folder: Path) -> dict[str, Any]:
             "source",
         )
         size["claims"] += [{key: claim[key] for key in kept} for claim in saved["claims"]]
-    sets = {one["name"]: {"paper": one["paper"], "family": one["family"]} for one in about["sets"]}
+    sets = {
+        one["name"]: {"paper": one.get("paper", ""), "family": one.get("family", "")} for one in about["sets"]
+    }
+    beside = folder / "paper.json"
     return {
         "command": about["command"],
         "data": about["data"],
@@ -66,6 +71,8 @@ def collect(folder: Path) -> dict[str, Any]:
         "forecast_seconds": round(timing["forecast"]),
         "sets": sets,
         "sizes": sizes,
+        "scaled": about["scaled"],
+        "paper": json.loads(beside.read_text())["rows"] if beside.is_file() else [],
         "environment": environment(),
     }
 

@@ -140,7 +140,16 @@ def study(
     to: Annotated[Path, typer.Option("--to", help="The folder of the study.")] = Path("runs/study"),
     methods: Annotated[list[str] | None, typer.Option("--methods", help="Methods: dm,mtt.")] = None,
     ipc: Annotated[list[str] | None, typer.Option("--ipc", help="Images per class: 1,10.")] = None,
-    preset: Annotated[str, typer.Option("--preset", help="quick, full or smoke.")] = "quick",
+    preset: Annotated[
+        str, typer.Option("--preset", help="quick, full, smoke, or wddl: the paper.")
+    ] = "quick",
+    distilled: Annotated[
+        list[str] | None,
+        typer.Option("--distilled", help="Sets that are there: run folders or files, NAME=PATH to name one."),
+    ] = None,
+    scale: Annotated[
+        float, typer.Option("--scale", help="Below 1: so much of the steps and of the models.")
+    ] = 1.0,
     replicates: Annotated[
         int | None, typer.Option("--replicates", min=1, help="Distillations a method.")
     ] = None,
@@ -169,6 +178,8 @@ def study(
             ipc=_sizes(ipc),
             preset=preset,
             replicates=replicates,
+            distilled=_many(distilled),
+            scale=scale,
             protocol=protocol,
             settings=tuple(settings or ()),
             seed=seed,
@@ -293,7 +304,12 @@ def evaluate(
         str | None, typer.Option("--data", help="Real data; that of the sets by default.")
     ] = None,
     protocol: Annotated[str, typer.Option("--protocol", help="distillens list protocols.")] = "wddl",
-    nets: Annotated[int, typer.Option("--nets", min=1, help="Networks a set.")] = 5,
+    nets: Annotated[
+        int | None, typer.Option("--nets", min=1, help="Networks a set; the protocol's by default, or 5.")
+    ] = None,
+    net: Annotated[
+        str | None, typer.Option("--net", help="distillens list nets; the protocol's by default.")
+    ] = None,
     seed: Seed = 0,
     engine: EngineOption = "processes",
     address: Address = None,
@@ -313,6 +329,7 @@ def evaluate(
             data or source,
             protocol=protocol,
             nets=nets,
+            net=net,
             seed=seed,
             initial=initial,
             store=place / "store",
@@ -331,6 +348,9 @@ def ask(
         str | None, typer.Option("--data", help="Real data; that of the sets by default.")
     ] = None,
     settings: Settings = None,
+    as_published: Annotated[
+        bool, typer.Option("--as-published", help="By the paper's protocol, where it has this experiment.")
+    ] = False,
     seed: Seed = 0,
     engine: EngineOption = "processes",
     address: Address = None,
@@ -352,6 +372,7 @@ def ask(
                 sets,
                 data or source,
                 settings=settings or (),
+                as_published=as_published,
                 seed=seed,
                 store=place / "store",
                 engine=engine,
@@ -380,10 +401,12 @@ def report(
 
 @app.command(name="list")
 def list_(
-    what: Annotated[str, typer.Argument(help="distillers, analyses, nets, data, formats or protocols.")],
+    what: Annotated[
+        str, typer.Argument(help="distillers, analyses, nets, data, formats, protocols, presets.")
+    ],
     as_json: Json = False,
 ) -> None:
-    """What there is: distillers, analyses, nets, data, formats, protocols."""
+    """What there is: distillers, analyses, nets, data, formats, protocols, presets."""
     from distillens import pipeline
 
     rows = pipeline.listed(what)

@@ -27,9 +27,13 @@ from distillens.core.storage import held, write_json
 from distillens.data import in_space, load, sources
 from distillens.engine.plan import Plan, Precision
 from distillens.evaluation import protocol as protocols
+from distillens.evaluation.published import PROTOCOLS
+from distillens.evaluation.trials import taught
 from distillens.experts import Experts, Trajectories
 from distillens.folders import claim, remove
 from distillens.forecast import check_fits, outlook
+from distillens.nets import named
+from distillens.presets import PRESETS
 from distillens.report import write
 from distillens.runs import Runs
 from distillens.sessions import check_device, chosen_plan, recorded_plan, session
@@ -387,7 +391,7 @@ def evaluate(
     data: Splits | str,
     *,
     protocol: str = "wddl",
-    nets: int = 5,
+    nets: int | None = None,
     net: Any = None,
     seed: int = 0,
     initial: Mapping[str, Given] | None = None,
@@ -398,16 +402,21 @@ def evaluate(
 ) -> Result:
     """Train fresh networks on each set; a random subset, herding and the full data stand beside it.
 
-    All of them are in the space that the sets are in. ``nets`` networks look at each set. With one set a name the
-    interval covers training only. ``engine`` and ``address`` are those of ``session``.
+    All of them are in the space that the sets are in, and have the labels of the protocol's teacher where it has one.
+    ``nets`` networks look at each set: as many as the protocol says, five where it says one. ``net`` is the network or its
+    name; else the protocol's, else the field's ConvNet. With one set a name the interval covers training only. ``engine`` and
+    ``address`` are those of ``session``.
 
     Raises:
-        UserError: the sets do not belong to the data, or are in several spaces.
+        UserError: the sets do not belong to the data, or are in several spaces; protocol or network is unknown.
     """
     gathered = gather(sets, initial)
     real = beside(gathered, data)
-    chosen = replace(protocols.find(protocol), nets=nets)
-    analysis = replace(Accuracy.defaults(real.train), protocol=chosen, **({"net": net} if net else {}))
+    chosen = protocols.find(protocol)
+    chosen = replace(chosen, nets=nets or (chosen.nets if chosen.nets > 1 else 5))
+    analysis = Accuracy.defaults(real.train)
+    wanted = named(net, real.train) if isinstance(net, str) else net
+    analysis = replace(analysis, protocol=chosen, net=wanted or chosen.net or analysis.net)
     opened = session(real, store, engine=engine, address=address)
     return _answer(analysis, gathered, real, opened, seed, tell)
 
@@ -418,6 +427,7 @@ def ask(
     data: Splits | str,
     *,
     settings: Sequence[str] = (),
+    as_published: bool = False,
     seed: int = 0,
     store: Path | None = None,
     engine: str = "processes",
@@ -426,14 +436,23 @@ def ask(
 ) -> Result:
     """The answer of one analysis (``pointwise/leave_one_out``) about some sets.
 
+    It is asked by its defaults for the data, or ``as_published`` by the paper's protocol to the letter.
     ``engine`` and ``address`` are those of ``session``.
 
     Raises:
-        UserError: the analysis or a setting is unknown, or the sets do not belong to the data.
+        UserError: the analysis or a setting is unknown, the paper has no such experiment, or the sets do not belong
+            to the data.
     """
     gathered = gather(sets)
     real = beside(gathered, data)
-    analysis: Any = analyses.room.find(name).defaults(real.train)
+    kind: Any = analyses.room.find(name)
+    if as_published and not hasattr(kind, "as_published"):
+        raise UserError(
+            f"{name} is not an experiment of the paper",
+            expected=", ".join(published_analyses()),
+            fix="leave --as-published out",
+        )
+    analysis: Any = (kind.as_published if as_published else kind.defaults)(real.train)
     if "nets" in settings_of(analysis) and max(map(len, gathered.distilled.values())) == 1:
         analysis = replace(analysis, nets=5)  # of one set nothing but training can be repeated
     opened = session(real, store, engine=engine, address=address)
@@ -452,6 +471,7 @@ def _answer(
     with opened as runs:
         everything = with_baselines(sets, real, runs, seed=seed, tell=tell)
         key = analysis_key(seed)
+        everything = shown_to(analysis, everything, real, runs, key)
         runs.make(
             analysis.trainings(everything, real, key=key),
             report=lambda done, total: tell("training models", done, total),
@@ -460,9 +480,20 @@ def _answer(
     return result
 
 
+def shown_to(analysis: Any, sets: Sets, real: Splits, runs: Runs, key: Key) -> Sets:
+    """The sets as an analysis sees them: with the labels of its protocol's teacher, where it has one."""
+    protocol = getattr(analysis, "protocol", None)
+    return sets if protocol is None else taught(protocol, analysis.net, sets, real, runs, key)
+
+
 def analysis_key(seed: int) -> Key:
     """The key of everything that looks at sets: analyses and sizes share judges, pools and network keys."""
     return Key(seed, ("analyse",))
+
+
+def published_analyses() -> list[str]:
+    """The analyses that the paper has too."""
+    return [name for name in analyses.room.names() if hasattr(analyses.room.find(name), "as_published")]
 
 
 def analyses_of(name: str) -> list[str]:
@@ -540,7 +571,7 @@ def write_report(folder: Path, *others: Path, to: Path | None = None) -> Path:
 
 
 def listed(what: str) -> list[dict[str, Any]]:
-    """What there is of a kind: distillers, analyses, nets, data, formats or protocols.
+    """What there is of a kind: distillers, analyses, nets, data, formats, protocols or presets.
 
     Raises:
         UserError: there is no such kind.
@@ -569,9 +600,8 @@ def listed(what: str) -> list[dict[str, Any]]:
             {"name": name, "about": first_line(formats.room.find(name))} for name in formats.room.names()
         ],
         "data": lambda: [{"name": name} for name in sources()],
-        "protocols": lambda: [
-            {"name": name, "about": one.source} for name, one in protocols.PROTOCOLS.items()
-        ],
+        "protocols": lambda: [{"name": name, "about": one.source} for name, one in PROTOCOLS.items()],
+        "presets": lambda: [{"name": name, "about": one.about} for name, one in PRESETS.items()],
     }
     if what not in kinds:
         raise unknown("list", what, kinds)

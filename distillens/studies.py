@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,18 @@ from distillens import forecast as forecasts
 from distillens.analyses.behaviour.accuracy import Accuracy
 from distillens.core.artefact import DistilledDataset, Provenance
 from distillens.core.checks import UserError, unknown
-from distillens.core.config import describe, override
+from distillens.core.config import describe, override, settings_of, shrunk
 from distillens.core.contracts import Distiller, Problem, Sets
 from distillens.core.dataset import Splits
-from distillens.core.result import Result
+from distillens.core.result import Claim, Result
 from distillens.core.storage import held, sweep, write_json
 from distillens.engine.plan import Plan, Precision, cores
 from distillens.evaluation import protocol as protocols
+from distillens.evaluation.trials import teacher
 from distillens.experts import Experts
 from distillens.folders import claim
+from distillens.given import Given, bring
+from distillens.paper import ORDER, PAIRS, beside
 from distillens.pipeline import (
     Made,
     Order,
@@ -30,46 +33,25 @@ from distillens.pipeline import (
     analysis_key,
     carry_out,
     inputs_of,
+    shown_to,
     silent,
     versions,
 )
+from distillens.presets import BASELINES, PRESETS, Preset
 from distillens.runs import Runs
 from distillens.sessions import check_device, check_engine, chosen_plan, recorded_plan, session, workers_for
 from distillens.train import Training, chunks
 from distillens.tuning import wish
 
-METHODS = ("dm", "dc", "mtt", "bptt")
-BASELINES = ("random_subset", "herding")
-
-
-@dataclass(frozen=True)
-class Preset:
-    """What a study does unless told otherwise.
-
-    ``whole`` lists the sizes at which leave-one-out is asked of every method; at others it is asked of the
-    first method only (it retrains once a point).
-    """
-
-    name: str
-    ipc: tuple[int, ...]
-    replicates: int
-    whole: tuple[int, ...] | None = None
-    inits: int = 3
-
-
-PRESETS = {
-    preset.name: preset
-    for preset in (
-        Preset("quick", (1, 10), 5, whole=(1,)),
-        Preset("full", (1, 10), 10, inits=5),
-        Preset("smoke", (1,), 2, whole=(), inits=2),
-    )
-}
+NETS_OF_ONE = 5  # networks that look at a set that has no replicates
 
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """A study as it was asked for: known in full before any of it runs."""
+    """A study as it was asked for: known in full before any of it runs.
+
+    ``given`` are sets that were brought along, by name, each with its replicates; ``scale`` shrinks steps and pools.
+    """
 
     real: Splits
     methods: tuple[str, ...]
@@ -80,37 +62,91 @@ class Study:
     protocol: str
     settings: tuple[str, ...]
     plan: Plan
+    given: Given = field(default_factory=Given)
+    scale: float = 1.0
 
-    def settings_for(self, name: str) -> list[str]:
-        """The settings that were given to a method or an analysis, without its name."""
+    @property
+    def subjects(self) -> tuple[str, ...]:
+        """The distilled sets by name, as they are listed; in the paper's order where it has them."""
+        names = (*self.given.sets, *self.methods)
+        if not self.preset.published:
+            return names
+        return tuple(sorted(names, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER)))
+
+    def settings_for(self, name: str, value: Any, scales: Sequence[str]) -> list[str]:
+        """The settings of a method or an analysis whose defaults are ``value``: shrunk, then as they were asked for."""
         leaf = name.rpartition("/")[2]
-        return [s.partition(".")[2] for s in self.settings if s.partition(".")[0] == leaf]
+        asked = [s.partition(".")[2] for s in self.settings if s.partition(".")[0] == leaf]
+        return [*(shrunk(value, scales, self.scale) if self.scale < 1 else ()), *asked]
+
+    def settings_of_method(self, name: str, ipc: int) -> list[str]:
+        """The settings of a method that are not its defaults."""
+        defaults = distillers.room.find(name).defaults(self.real.train, ipc)
+        return self.settings_for(name, defaults, ("steps", "experts"))
 
     @cached_property
     def orders(self) -> list[Order]:
         """Every distilled set and baseline to make."""
         return [
             pipeline.order(
-                name, self.real, ipc, settings=self.settings_for(name), seed=self.seed, replicate=r
+                name,
+                self.real,
+                ipc,
+                settings=self.settings_of_method(name, ipc),
+                seed=self.seed,
+                replicate=r,
             )
             for ipc in self.ipc
             for name in (*self.methods, *BASELINES)
             for r in range(self.replicates)
         ]
 
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The analyses to ask, in order."""
+        return self.preset.analyses or tuple(analyses.room.names())
+
     def questions(self, ipc: int) -> list[Any]:
-        """The analyses to ask at a size."""
-        asked: list[Any] = []
-        for name in analyses.room.names():
-            analysis: Any = analyses.room.find(name).defaults(self.real.train)
-            if hasattr(analysis, "protocol"):
-                analysis = replace(analysis, protocol=protocols.find(self.protocol))
-            if name == "pointwise/leave_one_out":
-                whole = self.preset.whole is None or ipc in self.preset.whole
-                only = () if whole else self.methods[:1]
-                analysis = replace(analysis, inits=self.preset.inits, only=only)
-            asked.append(override(analysis, self.settings_for(name), like=self.real.train))
-        return asked
+        """The analyses to ask at a size, with their settings."""
+        return [self._question(name, ipc) for name in self.asked]
+
+    def _question(self, name: str, ipc: int) -> Any:
+        kind: Any = analyses.room.find(name)
+        analysis = (kind.as_published if self.preset.published else kind.defaults)(self.real.train)
+        changes: dict[str, Any] = {}
+        if hasattr(analysis, "protocol"):
+            changes["protocol"] = protocols.find(self.protocol)
+        if self.replicates == 1:  # of one set nothing but training can be repeated
+            if "protocol" in changes:
+                changes["protocol"] = replace(changes["protocol"], nets=NETS_OF_ONE)
+            if "nets" in settings_of(analysis):
+                changes["nets"] = NETS_OF_ONE
+        if self.preset.published:
+            changes |= {"order": ORDER} if hasattr(analysis, "order") else {}
+            changes |= {"pairs": PAIRS} if hasattr(analysis, "pairs") else {}
+        elif name == "pointwise/leave_one_out":
+            whole = self.preset.whole is None or ipc in self.preset.whole
+            changes |= {"inits": self.preset.inits, "only": () if whole else self.subjects[:1]}
+        analysis = replace(analysis, **changes)
+        settings = self.settings_for(name, analysis, kind.scales)
+        return override(analysis, settings, like=self.real.train)
+
+    @property
+    def shrinkage(self) -> list[str]:
+        """What the scale changed, as ``OWNER: NAME=VALUE``; settings that were asked for are not among it."""
+        if self.scale == 1:
+            return []
+        found = []
+        for ipc in self.ipc:
+            for name in self.methods:
+                defaults = distillers.room.find(name).defaults(self.real.train, ipc)
+                found += [f"{name}: {one}" for one in shrunk(defaults, ("steps", "experts"), self.scale)]
+        whole = replace(self, scale=1.0)
+        for name in self.asked:
+            kind: Any = analyses.room.find(name)
+            question = whole._question(name, self.ipc[0])
+            found += [f"{name}: {one}" for one in shrunk(question, kind.scales, self.scale)]
+        return list(dict.fromkeys(found))
 
     def request(self) -> dict[str, Any]:
         """What the run folder is locked to."""
@@ -119,6 +155,7 @@ class Study:
             "data_fingerprint": self.real.fingerprint,
             "space": self.real.space.name,
             "methods": [describe(one.distiller) | {"name": one.name, "ipc": one.ipc} for one in self.orders],
+            "given": {name: [one.fingerprint for one in many] for name, many in self.given.sets.items()},
             "replicates": self.replicates,
             "questions": {str(ipc): [describe(one) for one in self.questions(ipc)] for ipc in self.ipc},
             "seed": self.seed,
@@ -131,10 +168,12 @@ class Study:
         parts = [
             "distillens study",
             *_data(self.real),
-            f"--methods {','.join(self.methods)}",
+            *([f"--distilled {','.join(self.given.places)}"] if self.given.places else []),
+            *([f"--methods {','.join(self.methods)}"] if self.methods else []),
             f"--ipc {','.join(map(str, self.ipc))}",
             f"--replicates {self.replicates}",
             f"--preset {self.preset.name}",
+            *([f"--scale {self.scale:g}"] if self.scale != 1 else []),
             f"--protocol {self.protocol}",
             f"--seed {self.seed}",
             *wish(self.plan, self.real.train),
@@ -152,10 +191,12 @@ def _data(real: Splits) -> list[str]:
 def design(
     real: Splits,
     *,
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] | None = None,
     ipc: Sequence[int] = (),
     preset: str = "quick",
     replicates: int | None = None,
+    distilled: Sequence[str] = (),
+    scale: float = 1.0,
     seed: int = 0,
     protocol: str = "wddl",
     settings: Sequence[str] = (),
@@ -164,23 +205,39 @@ def design(
 ) -> Study:
     """A study of some data, checked in full.
 
-    ``settings`` carry the name of a method or an analysis first: ``mtt.steps=500``, ``leave_one_out.inits=5``.
-    ``plan`` is one to take as it is; else the machine's in that ``precision``.
+    ``distilled`` are sets that are there already: a run folder or somebody's file each, ``NAME=PATH`` to name it; those of
+    one name are its replicates. With them no method is run unless ``methods`` names some. ``scale`` below 1 shrinks the
+    steps of methods and the steps and pools of analyses. ``settings`` carry the name of a method or an analysis
+    first: ``mtt.steps=500``, ``leave_one_out.inits=5``. ``plan`` is one to take as it is; else the machine's in that ``precision``.
 
     Raises:
-        UserError: a name, a setting or a size does not fit.
+        UserError: a name, a setting, a size or a given set does not fit.
     """
     if preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)
     chosen = PRESETS[preset]
-    if not methods:
+    if not 0 < scale <= 1:
+        raise UserError(
+            "the scale of a study is a share of its size", got=f"{scale:g}", expected="above 0, up to 1"
+        )
+    brought = bring(distilled, real)
+    if methods is None:
+        methods = () if brought.sets else chosen.methods
+    if not methods and not brought.sets:
         raise UserError("a study needs at least one method", expected=", ".join(distillers.room.names()))
     for name in methods:
         distillers.room.find(name)
+    for name in (*methods, *brought.sets):
         if name in BASELINES:
-            raise UserError(f"{name} is in every study as a baseline", fix="leave it out of --methods")
-    if len(set(methods)) != len(methods):
-        raise UserError("a method is named twice", got=", ".join(methods))
+            raise UserError(f"{name} is in every study as a baseline", fix="leave it out")
+    if len({*methods, *brought.sets}) != len(methods) + len(brought.sets):
+        raise UserError("a method is named twice", got=", ".join([*methods, *brought.sets]))
+    if brought.sets and tuple(ipc) not in ((), (brought.ipc,)):
+        raise UserError(
+            "the given sets are of another size",
+            got=f"--ipc {','.join(map(str, ipc))}, sets of {brought.ipc} images a class",
+            fix="leave --ipc out",
+        )
     owners = [*methods, *BASELINES, *(n.rpartition("/")[2] for n in analyses.room.names())]
     for setting in settings:
         owner = setting.partition("=")[0].partition(".")[0]
@@ -189,13 +246,15 @@ def design(
     study = Study(
         real,
         tuple(methods),
-        tuple(ipc) or chosen.ipc,
-        replicates or chosen.replicates,
+        (brought.ipc,) if brought.sets else tuple(ipc) or chosen.ipc,
+        replicates or (brought.replicates if brought.sets else chosen.replicates),
         chosen,
         seed,
         protocol,
         tuple(settings),
         plan or chosen_plan(real, jobs=cores(), precision=precision),
+        brought,
+        scale,
     )
     for size in study.ipc:
         study.questions(size)
@@ -263,6 +322,8 @@ def forecast(study: Study, workers: int) -> Forecast:
         stand_in = _stand_ins(study, ipc)
         for question in study.questions(ipc):
             trainings += question.trainings(stand_in, real, key=analysis_key(study.seed))
+            if hasattr(question, "protocol"):
+                trainings += teacher(question.protocol, question.net, real, analysis_key(study.seed))
     distinct = {part.fingerprint: part for t in trainings for part in chunks(t, study.plan)}
     accuracy = next(one for one in study.questions(study.ipc[0]) if isinstance(one, Accuracy))
     short = Training(real.train, accuracy.net, accuracy.protocol.recipe, (analysis_key(0),))
@@ -293,7 +354,7 @@ def _stand_ins(study: Study, ipc: int) -> Sets:
 
     learned = [name for name in study.methods if not distillers.room.find(name).selects]
     return Sets(
-        {name: many(name) for name in study.methods},
+        {name: study.given.sets[name] if name in study.given.sets else many(name) for name in study.subjects},
         {name: many(name) for name in BASELINES},
         {name: many(name, "start") for name in learned},
     )
@@ -346,6 +407,8 @@ def study(
             address=address,
         ) as runs:
             cost = forecast(wanted, runs.engine.workers)
+            for line in wanted.shrinkage:
+                announce(f"scaled by {wanted.scale:g}: {line}")
             announce(f"{cost.text()} ({runs.engine.workers} worker{'s' if runs.engine.workers > 1 else ''})")
             begun, resumed = time.monotonic(), (to / "study.json").is_file()
             write_json(to / "study.json", _about(wanted, cost, {}))
@@ -367,14 +430,17 @@ def folder_of(order: Order) -> str:
 
 
 def _distil(wanted: Study, to: Path, runs: Runs, tell: Tell) -> None:
+    for place, brought in wanted.given.folders():
+        if not (to / place / "provenance.json").is_file():
+            brought.save(to / place)
     orders = wanted.orders
     missing = [one for one in orders if not (to / folder_of(one) / "provenance.json").is_file()]
     inputs = inputs_of(missing, wanted.real, runs, tell)
     jobs: list[tuple[Distiller, Problem, Provenance, Path]] = []
-    for one, given in zip(missing, inputs, strict=True):
+    for one, its in zip(missing, inputs, strict=True):
         provenance = one.provenance(wanted.real, runs.plan)
         claim(to / folder_of(one), pipeline.request(provenance, wanted.real))
-        jobs.append((one.distiller, one.problem(wanted.real.train, given), provenance, to / folder_of(one)))
+        jobs.append((one.distiller, one.problem(wanted.real.train, its), provenance, to / folder_of(one)))
     # Long jobs first: the workers end together.
     jobs.sort(key=lambda job: -job[0].work(job[1]))
     done = len(orders) - len(missing)
@@ -399,13 +465,12 @@ def _sets(wanted: Study, to: Path, ipc: int) -> Sets:
     def many(name: str, inner: str = "") -> tuple[DistilledDataset, ...]:
         base = to / "sets" / f"ipc{ipc}" / name
         device = wanted.real.train.device
-        return tuple(
-            _moved(DistilledDataset.load(base / str(r) / inner), device) for r in range(wanted.replicates)
-        )
+        count = len(wanted.given.sets.get(name, ())) or wanted.replicates
+        return tuple(_moved(DistilledDataset.load(base / str(r) / inner), device) for r in range(count))
 
     learned = [name for name in wanted.methods if not distillers.room.find(name).selects]
     return Sets(
-        {name: many(name) for name in wanted.methods},
+        {name: many(name) for name in wanted.subjects},
         {name: many(name) for name in BASELINES},
         {name: many(name, "initial") for name in learned},
     )
@@ -420,11 +485,14 @@ def _moved(distilled: DistilledDataset, device: Any) -> DistilledDataset:
 
 def _train(wanted: Study, everything: Mapping[int, Sets], runs: Runs, tell: Tell) -> None:
     """Train for all questions of all sizes together: one queue, no model twice."""
+    key = analysis_key(wanted.seed)
     trainings = [
         training
         for ipc, sets in everything.items()
         for question in wanted.questions(ipc)
-        for training in question.trainings(sets, wanted.real, key=analysis_key(wanted.seed))
+        for training in question.trainings(
+            shown_to(question, sets, wanted.real, runs, key), wanted.real, key=key
+        )
     ]
     runs.make(trainings, report=lambda done, total: tell("training models for all questions", done, total))
 
@@ -432,12 +500,18 @@ def _train(wanted: Study, everything: Mapping[int, Sets], runs: Runs, tell: Tell
 def _analyse(wanted: Study, everything: Mapping[int, Sets], to: Path, runs: Runs, tell: Tell) -> None:
     total = sum(len(wanted.questions(ipc)) for ipc in everything)
     done = 0
+    found: list[tuple[str, Claim]] = []
     for ipc, sets in everything.items():
         for question in wanted.questions(ipc):
-            result: Result = question(sets, wanted.real, runs, key=analysis_key(wanted.seed))
+            key = analysis_key(wanted.seed)
+            seen = shown_to(question, sets, wanted.real, runs, key)
+            result: Result = question(seen, wanted.real, runs, key=key)
             result.save(to / "results" / f"ipc{ipc}", {"ipc": ipc, "settings": describe(question)})
+            found += [(result.analysis, one) for one in result.claims()]
             done += 1
             tell("answering", done, total)
+    if wanted.preset.published:
+        write_json(to / "paper.json", {"rows": [row.to_json() for row in beside(found)]})
 
 
 def _about(wanted: Study, cost: Forecast, everything: Mapping[int, Sets]) -> dict[str, Any]:
@@ -467,31 +541,49 @@ def _about(wanted: Study, cost: Forecast, everything: Mapping[int, Sets]) -> dic
             "fingerprint": real.fingerprint,
         },
         "preset": wanted.preset.name,
+        "asked": list(wanted.asked),
+        "scaled": wanted.shrinkage,
         "versions": versions(),
         "seed": wanted.seed,
         "plan": asdict(wanted.plan),
         "trainings": cost.models,
         "sets": [
-            {
-                "name": one.name,
-                "ipc": one.ipc,
-                "replicate": one.replicate,
-                "folder": folder_of(one),
-                "paper": type(one.distiller).paper,
-                "family": type(one.distiller).family,
-                "command": " ".join(
-                    [
-                        f"distillens distill {one.name}",
-                        *_data(real),
-                        f"--ipc {one.ipc}",
-                        f"--seed {one.seed} --replicate {one.replicate}",
-                        *(f"--set {setting}" for setting in wanted.settings_for(one.name)),
-                        *wish(wanted.plan, real.train),
-                        *threads,
-                    ]
-                ),
-                **storage(one),
-            }
-            for one in wanted.orders
+            *_about_given(wanted, everything),
+            *(
+                {
+                    "name": one.name,
+                    "ipc": one.ipc,
+                    "replicate": one.replicate,
+                    "folder": folder_of(one),
+                    "paper": type(one.distiller).paper,
+                    "family": type(one.distiller).family,
+                    "command": " ".join(
+                        [
+                            f"distillens distill {one.name}",
+                            *_data(real),
+                            f"--ipc {one.ipc}",
+                            f"--seed {one.seed} --replicate {one.replicate}",
+                            *(f"--set {setting}" for setting in wanted.settings_of_method(one.name, one.ipc)),
+                            *wish(wanted.plan, real.train),
+                            *threads,
+                        ]
+                    ),
+                    **storage(one),
+                }
+                for one in wanted.orders
+            ),
         ],
     }
+
+
+def _about_given(wanted: Study, everything: Mapping[int, Sets]) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": Path(place).parent.name,
+            "ipc": wanted.given.ipc,
+            "replicate": int(Path(place).name),
+            "folder": place,
+            **({"storage": asdict(one.storage())} if everything else {}),
+        }
+        for place, one in wanted.given.folders()
+    ]

@@ -75,6 +75,37 @@ def claims_table(name: str) -> str:
     return "\n".join(lines)
 
 
+def paper_table(name: str) -> str:
+    """The paper's findings beside a study's, set by set."""
+    saved = json.loads((RESULTS / f"{name}.json").read_text())
+    lines = [
+        "| finding | set | paper | ours | n | deviation | verdict |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in saved["paper"]:
+        published, e = row["published"], row["estimate"]
+        cells = (
+            row["name"],
+            row["subject"],
+            published if isinstance(published, str) else f"{published:+.3f}",
+            "" if e is None else _estimate(e, sign=True),
+            "" if e is None else str(e["n"]),
+            "" if row["deviation"] is None else f"{row['deviation']:+.3f}",
+            row["verdict"],
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    e = saved["environment"]
+    took = "" if saved["seconds"] is None else f" in {saved['seconds'] / 60:.1f} min"
+    lines += [
+        "",
+        f"`{saved['command']}`; {saved['trainings']:,} models{took} on {e['cores']} cores ({e['machine']}, torch {e['torch']}), "
+        f"commit {e['commit']}.",
+    ]
+    if saved["scaled"]:
+        lines += ["", "Smaller than published: " + "; ".join(f"`{one}`" for one in saved["scaled"]) + "."]
+    return "\n".join(lines)
+
+
 def tesla_table() -> str:
     """TESLA's gradient against the exact one, by number of inner steps."""
     saved = json.loads((RESULTS / "tesla.json").read_text())

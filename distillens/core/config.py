@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -75,7 +76,8 @@ def override(value: T, assignments: Sequence[str], *, like: Any = None) -> T:
 
     Text is turned into the field's type. A field that is itself a settings object is reached
     with dots; where its room knows others by name, it may be replaced by one of them, with the settings that fit the data
-    ``like``, or its defaults without. All are set at once: fields that must fit each other may come in any order, and of
+    ``like``, or its defaults without. A tuple of such objects is a list of names, each with settings of its own where it
+    needs some: ``judges=convnet,resnet18(width=16 norm=batch)``. All are set at once: fields that must fit each other may come in any order, and of
     a field that is named twice the last counts.
 
     Raises:
@@ -121,6 +123,10 @@ def _collect(
     if name not in known:
         raise unknown(f"setting of {type(owner).__name__.lower()}", name, known)
     old = getattr(owner, name)
+    one_by_name = _by_name(old[0]) if isinstance(old, tuple) and old and is_dataclass(old[0]) else None
+    if one_by_name is not None and not rest:
+        changes[name] = tuple(_one_of_many(part, one_by_name, whole, like) for part in _parts(text))
+        return
     if not is_dataclass(old):
         if rest:
             raise UserError(f"setting {whole!r}: {name!r} has no settings of its own", got=repr(old))
@@ -138,6 +144,21 @@ def _collect(
         choices = ", ".join(f"{name}.{field.name}" for field in fields(old))
         raise UserError(f"setting {whole!r} holds settings of its own", fix=f"set one of {choices}")
     inner.owner = named(text, like)
+
+
+def _parts(text: str) -> list[str]:
+    """Names that commas divide; those inside of brackets do not."""
+    return [part for part in (found.strip() for found in re.split(r",(?![^(]*\))", text)) if part]
+
+
+def _one_of_many(text: str, named: Callable[[str, Any], Any], whole: str, like: Any) -> Any:
+    """A settings object by its name, with settings of its own in brackets."""
+    name, bracket, inner = text.partition("(")
+    if bracket and not inner.endswith(")"):
+        raise UserError(f"setting {whole!r}: a bracket is not closed", got=repr(text))
+    return override(
+        named(name.strip(), like), re.split(r"[\s,;]+", inner[:-1].strip()) if inner[:-1].strip() else []
+    )
 
 
 def _by_name(value: Any) -> Callable[[str, Any], Any] | None:
@@ -178,3 +199,29 @@ def settings_of(value: Any) -> dict[str, Any]:
         else:
             flat[field.name] = item
     return flat
+
+
+def shrunk(value: Any, names: Sequence[str], share: float) -> list[str]:
+    """The settings ``names`` (dotted; whole numbers or tuples of them) times ``share``, as ``NAME=VALUE``.
+
+    Rounded up, never below 2 where they were more: two models are the least that have a spread. What stays as it
+    is, or is not among the settings, is left out.
+    """
+
+    def less(count: int) -> int:
+        return min(count, max(2, math.ceil(count * share - 1e-9)))
+
+    flat = settings_of(value)
+    found = []
+    for name in names:
+        old = flat.get(name)
+        if isinstance(old, tuple):
+            new = ",".join(str(count) for count in dict.fromkeys(map(less, old)))
+            text = ",".join(map(str, old))
+        elif isinstance(old, int):
+            new, text = str(less(old)), str(old)
+        else:
+            continue
+        if new != text:
+            found.append(f"{name}={new}")
+    return found

@@ -249,10 +249,12 @@ R_co = TypeVar("R_co", bound=Result, covariant=True)
 class Analysis(Protocol[R_co]):
     """A question about distilled sets: a frozen dataclass whose fields are its settings.
 
-    An analysis sees sets, never a method's settings; ``runs`` makes and remembers every training.
+    An analysis sees sets, never a method's settings; ``runs`` makes and remembers every training. One that the paper
+    has too offers ``as_published(like)`` beside ``defaults``: the paper's protocol to the letter.
     """
 
     question: ClassVar[str]
+    scales: ClassVar[tuple[str, ...]]  # settings that count steps or models: what a study's scale shrinks
 
     @classmethod
     def defaults(cls, like: Dataset) -> Analysis[R_co]:

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from distillens.core.checks import UserError, at_least, one_of, positive
 
+Schedule = Literal[
+    "constant",
+    "tenth_at_half",
+    "fifth_at_4_and_5_sixths",
+    "half_at_fifths",
+    "cosine",
+    "half_cosine",
+    "warm_up_cosine",
+]
 OPTIMISERS = ("sgd", "adam", "adamw")
-SCHEDULES = ("constant", "tenth_at_half", "cosine")
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+WARM_UP = 500  # steps, as FRePo's evaluation has (Zhou et al. 2022)
 
 
 @dataclass(frozen=True)
@@ -17,10 +27,16 @@ class Recipe:
 
     ``steps`` are optimiser steps. ``batch`` is images a step, ``None`` the whole set at once;
     batches run through a fresh permutation each pass and the last short one is kept, as the
-    field's loaders do. ``tenth_at_half`` multiplies the rate by 0.1 from step ``steps // 2 + 1``
-    and empties the momentum there, as the DC family's evaluation does. ``augment`` is a
-    strategy of differentiable siamese augmentation ("color_crop_cutout_flip_scale_rotate"; "" is none). ``cutmix``
-    is the chance of a step to be mixed (Yun et al. 2019): a box of every image, and that share of its label, are another's.
+    field's loaders do. ``augment`` is a strategy of differentiable siamese augmentation
+    ("color_crop_cutout_flip_scale_rotate"; "" is none). ``cutmix`` is the chance of a step to be mixed (Yun et
+    al. 2019): a box of every image, and that share of its label, are another's.
+
+    ``schedule`` says how the rate goes, step by step: ``tenth_at_half`` multiplies it by 0.1 from step ``steps // 2 + 1``
+    and empties the momentum there, as the DC family's evaluation does; ``fifth_at_4_and_5_sixths`` by 0.2 from 4/6
+    and again from 5/6 of the steps (IDC); ``half_at_fifths`` by 0.5 from each of the four inner fifths (NCFM).
+    ``cosine`` ends at 0, ``half_cosine`` goes half of that way and ends at half the rate (RDED); ``warm_up_cosine``
+    rises from 0 along a line over 500 steps (half of all where there are fewer than 1,000), then falls along a
+    cosine (FRePo).
 
     ``rho`` above 0 looks for flat minima (adaptive sharpness-aware minimisation, Kwon et al. 2021): each step takes
     its gradient at the parameters moved by ``rho`` up the loss, at twice the cost. ``gsam_alpha`` takes away so
@@ -33,7 +49,7 @@ class Recipe:
     lr: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 0.0
-    schedule: Literal["constant", "tenth_at_half", "cosine"] = "constant"
+    schedule: Schedule = "constant"
     augment: str = ""
     cutmix: float = 0.0
     rho: float = 0.0

@@ -108,6 +108,11 @@ class Estimate:
             return f"{self.value:.{digits}f} [no interval: n = {self.n}]"
         return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
 
+    def to_json(self) -> dict[str, Any]:
+        """The estimate as JSON; infinite ends are text."""
+        numbers = {name: _number(getattr(self, name)) for name in ("value", "low", "high", "level")}
+        return {**numbers, "n": self.n, "unit": self.unit}
+
 
 def units(values: Any) -> tuple[list[float], str]:
     """Independent units of values [replicates, networks] and their name.
@@ -230,7 +235,7 @@ class Result(ABC):
                 "title": self.title,
                 "question": self.question,
                 "context": dict(context or {}),
-                "headline": [{"name": n, **_estimate_json(e)} for n, e in self.headline().items()],
+                "headline": [{"name": n, **e.to_json()} for n, e in self.headline().items()],
                 "claims": [_claim_json(c) for c in self.claims()],
                 "tables": [_table_json(t) for t in self.tables()],
                 "notes": list(self.notes()),
@@ -280,18 +285,13 @@ def _number(value: float) -> float | str:
     return value if math.isfinite(value) else repr(value)
 
 
-def _estimate_json(e: Estimate) -> dict[str, Any]:
-    numbers = {name: _number(getattr(e, name)) for name in ("value", "low", "high", "level")}
-    return {**numbers, "n": e.n, "unit": e.unit}
-
-
 def _claim_json(c: Claim) -> dict[str, Any]:
     plain = {f.name: getattr(c, f.name) for f in fields(c) if f.name != "estimate"}
-    return {**plain, "estimate": _estimate_json(c.estimate), "verdict": c.verdict}
+    return {**plain, "estimate": c.estimate.to_json(), "verdict": c.verdict}
 
 
 def _table_json(t: Table) -> dict[str, Any]:
-    rows = [[_estimate_json(x) if isinstance(x, Estimate) else x for x in row] for row in t.rows]
+    rows = [[x.to_json() if isinstance(x, Estimate) else x for x in row] for row in t.rows]
     return {"title": t.title, "columns": list(t.columns), "rows": rows}
 
 

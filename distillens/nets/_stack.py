@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from distillens.core.contracts import Buffers, Like, Params
+from distillens.core.checks import at_least, one_of
+from distillens.core.contracts import Buffers, Like, Mode, Params
 from distillens.core.rng import Key
-from distillens.nets._layers import Norm, Pass, fresh_norm, uniform
+from distillens.nets._layers import Norm, Pass, check_sides, fresh_norm, uniform
 
 
 class Stage(NamedTuple):
@@ -64,3 +67,44 @@ def through_stack(x: torch.Tensor, stages: Sequence[Stage], passing: Pass) -> to
         if halves:
             x = F.max_pool2d(x, 2)
     return x.flatten(1)
+
+
+@dataclass(frozen=True)
+class Stacked(ABC):
+    """A stack of stages, then one linear layer. ``width`` scales the channels of all."""
+
+    width: int
+    norm: Literal["group", "batch", "none"]
+
+    def __post_init__(self) -> None:
+        at_least(1, type(self).__name__.lower(), width=self.width)
+        one_of("norm", self.norm, ("group", "batch", "none"))
+
+    @abstractmethod
+    def _stages(self, side: int) -> tuple[Stage, ...]:
+        """The stages for images whose shorter side is ``side``."""
+
+    @property
+    def mixes_examples(self) -> bool:
+        """Whether training mode lets one image change another's output: by batch norm."""
+        return self.norm == "batch"
+
+    def init(self, like: Like, key: Key) -> tuple[Params, Buffers]:
+        """Fresh parameters; running statistics where the norm is batch norm."""
+        check_sides(type(self).__name__, like)
+        params, buffers, left = fresh_stack(like, self._stages(min(like.shape[1:])), self.norm, key)
+        return params | uniform("linear", (like.k, math.prod(left)), key.fold("linear")), buffers
+
+    def features(
+        self, params: Params, buffers: Buffers, x: torch.Tensor, mode: Mode = "evaluate"
+    ) -> tuple[torch.Tensor, Buffers]:
+        """The flattened last stage, [n, c * h' * w']."""
+        passing = Pass(params, buffers, mode, self.norm)
+        return through_stack(x, self._stages(min(x.shape[-2:])), passing), passing.after()
+
+    def logits(
+        self, params: Params, buffers: Buffers, x: torch.Tensor, mode: Mode = "evaluate"
+    ) -> tuple[torch.Tensor, Buffers]:
+        """Logits [n, k]."""
+        features, buffers = self.features(params, buffers, x, mode)
+        return F.linear(features, params["linear.weight"], params["linear.bias"]), buffers

@@ -66,6 +66,7 @@ def to_html(summary: Summary) -> str:
     environment.filters |= {
         "colour": colour,
         "number": numerals.number,
+        "signed": numerals.signed,
         "value": numerals.value_text,
         "interval": numerals.interval_text,
         "ipc": numerals.ipc_text,

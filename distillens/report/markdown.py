@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from distillens.core.result import Estimate
-from distillens.report.numerals import bar, estimate_text, ipc_text
-from distillens.report.summary import Answer, Run, Subject, Summary
+from distillens.report.numerals import bar, estimate_text, ipc_text, signed
+from distillens.report.summary import Answer, Reproduced, Run, Subject, Summary
 
 
 def to_markdown(summary: Summary) -> str:
@@ -15,6 +15,10 @@ def to_markdown(summary: Summary) -> str:
     counts = ", ".join(f"{n} {verdict}" for verdict, n in summary.verdicts.items())
     several = len(summary.runs) > 1
     lines = [f"# {_escape(summary.title)}", "", f"{len(summary.findings)} tested claims: {counts}.", ""]
+    if summary.paper:
+        lines += ["## The paper, finding by finding", ""]
+        for finding in summary.paper:
+            lines += _finding(finding)
     if summary.subjects:
         lines += ["## Claims", ""]
         for subject in summary.subjects:
@@ -30,6 +34,21 @@ def to_markdown(summary: Summary) -> str:
     for run in summary.runs:
         lines += _provenance(run)
     return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _finding(finding: Reproduced) -> Iterator[str]:
+    yield from (f"**{_escape(finding.name)}** {_escape(finding.sentence)}", "")
+    rows = [
+        (
+            _escape(row.subject),
+            _escape(row.published) if isinstance(row.published, str) else signed(row.published),
+            "" if row.estimate is None else f"{estimate_text(row.estimate)}, {_replication(row.estimate)}",
+            "" if row.deviation is None else signed(row.deviation),
+            row.verdict,
+        )
+        for row in finding.rows
+    ]
+    yield from _table(("set", "paper", "ours", "deviation", "verdict"), rows)
 
 
 def _claims(subject: Subject, several: bool) -> Iterator[str]:

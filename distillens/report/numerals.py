@@ -15,6 +15,12 @@ def number(value: float) -> str:
     return _fixed(value, *_precision(abs(value)), trim=True)
 
 
+def signed(value: float) -> str:
+    """A difference: ``+0.021``, ``−0.5``."""
+    text = _fixed(value, *_precision(abs(value)))
+    return text if text.startswith("−") else f"+{text}"
+
+
 def value_text(estimate: Estimate) -> str:
     """The value alone: ``0.883``."""
     return _fixed(estimate.value, *_precision(_scale(estimate)))

@@ -61,6 +61,28 @@ class Run:
     plan: Mapping[str, Any] = field(default_factory=dict)
     trainings: int | None = None
     seconds: float | None = None
+    scaled: tuple[str, ...] = ()  # settings that are smaller than the preset's
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a paper found of a set beside what this run finds; ``estimate`` is None where it was not asked."""
+
+    subject: str
+    published: float | str
+    estimate: Estimate | None
+    verdict: Verdict | Literal["not asked"]
+    deviation: float | None
+
+
+@dataclass(frozen=True)
+class Reproduced:
+    """A finding of the paper that a run reproduces, set by set."""
+
+    run: str
+    name: str
+    sentence: str
+    rows: tuple[Compared, ...]
 
 
 @dataclass(frozen=True)
@@ -184,6 +206,7 @@ class Summary:
     subjects: tuple[Subject, ...]
     sizes: tuple[Size, ...]
     questions: tuple[Question, ...]
+    paper: tuple[Reproduced, ...] = ()
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -221,12 +244,16 @@ def summarise(*folders: Path) -> Summary:
     runs: list[Run] = []
     sets: list[DistilledSet] = []
     saved: list[_Saved] = []
+    paper: list[Reproduced] = []
+    asked: dict[str, None] = {}  # analyses in the order of the first study that asked them
     for folder in folders:
-        run, its_sets, its_results = _read_run(folder, [run.title for run in runs])
+        run, its_sets, its_results, order = _read_run(folder, [run.title for run in runs])
         runs.append(run)
         sets += its_sets
         saved += its_results
-    saved.sort(key=lambda s: (_by_question(s.analysis), _by_ipc(s.answer.ipc)))
+        asked |= dict.fromkeys(order)
+        paper += _read_paper(folder, run.title)
+    saved.sort(key=lambda s: (_by_question(s.analysis, [*asked]), _by_ipc(s.answer.ipc)))
     return Summary(
         title=", ".join(run.title for run in runs),
         runs=tuple(runs),
@@ -236,6 +263,7 @@ def summarise(*folders: Path) -> Summary:
             for ipc in sorted({s.ipc for s in sets}, key=_by_ipc)
         ),
         questions=_questions(saved),
+        paper=tuple(paper),
     )
 
 
@@ -243,10 +271,14 @@ def _by_ipc(ipc: float | None) -> float:
     return -1.0 if ipc is None else ipc
 
 
-def _by_question(analysis: str) -> tuple[int, str]:
+def _by_question(analysis: str, asked: Sequence[str]) -> tuple[int, int, str]:
     known = [*_QUESTIONS]
     question = analysis.partition("/")[0]
-    return known.index(question) if question in known else len(known), analysis
+    return (
+        known.index(question) if question in known else len(known),
+        asked.index(analysis) if analysis in asked else len(asked),
+        analysis,
+    )
 
 
 def _subjects(claims: Sequence[TestedClaim], sets: Sequence[DistilledSet]) -> tuple[Subject, ...]:
@@ -278,7 +310,7 @@ def _questions(saved: Sequence[_Saved]) -> tuple[Question, ...]:
     return tuple(questions)
 
 
-def _read_run(folder: Path, taken: Sequence[str]) -> tuple[Run, list[DistilledSet], list[_Saved]]:
+def _read_run(folder: Path, taken: Sequence[str]) -> tuple[Run, list[DistilledSet], list[_Saved], list[str]]:
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}", fix="give the folder that --to named")
     with _opened(folder / "study.json") as study:
@@ -286,6 +318,7 @@ def _read_run(folder: Path, taken: Sequence[str]) -> tuple[Run, list[DistilledSe
         sets = _read_sets(folder, title, study.get("sets") or _found(folder))
         made = next((copy.provenance for s in sets for copy in s.copies if copy.provenance), {})
         run = _run(title, study, made)
+        asked = list(map(str, study.get("asked", ())))
     only = sets[0].ipc if len({s.ipc for s in sets}) == 1 else None
     saved = []
     for path in sorted(folder.glob("results/**/*.json")):
@@ -296,7 +329,26 @@ def _read_run(folder: Path, taken: Sequence[str]) -> tuple[Run, list[DistilledSe
             f"there is nothing to report in {folder}",
             fix=f"run this first: distillens study --data digits --to {folder}",
         )
-    return run, sets, saved
+    return run, sets, saved, asked
+
+
+def _read_paper(folder: Path, run: str) -> list[Reproduced]:
+    """What a study set beside a paper's findings, finding by finding."""
+    found: dict[tuple[str, str], list[Compared]] = {}
+    with _opened(folder / "paper.json") as saved:
+        for row in saved.get("rows", ()):
+            if row["verdict"] not in (*VERDICTS, "not asked"):
+                raise ValueError(f"verdict {row['verdict']!r}")
+            published, deviation = row["published"], row["deviation"]
+            compared = Compared(
+                str(row["subject"]),
+                published if isinstance(published, str) else float(published),
+                None if row["estimate"] is None else _estimate(row["estimate"]),
+                row["verdict"],
+                None if deviation is None else float(deviation),
+            )
+            found.setdefault((str(row["name"]), str(row["sentence"])), []).append(compared)
+    return [Reproduced(run, name, sentence, tuple(rows)) for (name, sentence), rows in found.items()]
 
 
 def _found(folder: Path) -> list[dict[str, Any]]:
@@ -356,6 +408,7 @@ def _run(title: str, study: Mapping[str, Any], made: Mapping[str, Any]) -> Run:
         plan=dict(study.get("plan") or made.get("plan") or {}),
         trainings=None if study.get("trainings") is None else int(study["trainings"]),
         seconds=None if study.get("seconds") is None else float(study["seconds"]),
+        scaled=tuple(map(str, study.get("scaled", ()))),
     )
 
 

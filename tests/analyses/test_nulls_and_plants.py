@@ -14,8 +14,6 @@ from scipy.optimize import brentq
 from scipy.stats import nct, t
 
 from distillens.analyses.behaviour.accuracy import AccuracyResult
-from distillens.analyses.behaviour.mixing import MixingResult
-from distillens.analyses.behaviour.recognition import UNSEEN, RecognitionResult, _chance
 from distillens.analyses.pointwise.leave_one_out import LeaveOneOutResult, own_class_share, self_agreement
 from distillens.analyses.representativeness.early_agreement import EarlyAgreementResult, Pools
 from distillens.core.dataset import Splits
@@ -85,92 +83,6 @@ def test_a_gain_that_five_pairs_can_see_is_found(bank: dict[str, torch.Tensor], 
         other = values[order[REPLICATES : 2 * REPLICATES], 0]
         found.append(accuracy_claim(own, other, "random_subset", "beats random"))
     assert supported(found) >= 180
-
-
-@pytest.mark.parametrize("ipc", [1, 10])
-def test_mixing_does_not_hurt_real_subsets_more_often_than_stated(
-    bank: dict[str, torch.Tensor], ipc: int
-) -> None:
-    values = bank[f"mixing.{ipc}"]
-    claims = []
-    for i in range(DRAWS):
-        rows = values[SEED.fold("mixing", ipc, i).permutation(len(values))[:REPLICATES]]
-        claims += MixingResult(("dm",), (0, ipc), ipc, {"dm": rows[:, None]}).claims()
-    assert supported(claims) <= ALARMS
-
-
-def test_mixing_that_changes_nothing_hurts_no_more_often_than_stated(bank: dict[str, torch.Tensor]) -> None:
-    # The sharper null: two measurements of one set in the place of "without" and "with".
-    values = bank["accuracy.10"]
-    claims = []
-    for i in range(DRAWS):
-        rows = values[SEED.fold("nothing", i).permutation(len(values))[:REPLICATES]]
-        claims += MixingResult(("dm",), (0, 10), 10, {"dm": rows[:, None]}).claims()
-    assert supported(claims) <= ALARMS
-
-
-def recognition(
-    own: torch.Tensor, chance: torch.Tensor, real: torch.Tensor, images: int
-) -> RecognitionResult:
-    return RecognitionResult(
-        ("judge",),
-        ("dm",),
-        {"dm": own[:, None], UNSEEN: real[:, None]},
-        {"dm": chance[:, None], UNSEEN: chance[:, None]},
-        torch.tensor([[0.97]]),
-        {"dm": images, UNSEEN: images},
-        10,
-    )
-
-
-def stratified(labels: torch.Tensor, per_class: int, key: Key) -> torch.Tensor:
-    members = [(labels == c).nonzero().flatten() for c in range(10)]
-    return torch.cat([m[key.fold(c).permutation(len(m))[:per_class]] for c, m in enumerate(members)])
-
-
-@pytest.mark.parametrize("per_class", [1, 10])
-def test_recognition_of_permuted_labels_and_of_real_images(
-    bank: dict[str, torch.Tensor], per_class: int
-) -> None:
-    labels, judges = bank["labels"].long(), bank["judges"].long()
-    permuted, as_real, control = [], [], []
-    for i in range(DRAWS):
-        rows: dict[str, list[torch.Tensor]] = {name: [] for name in ("permuted", "chance", "first", "second")}
-        for r in range(REPLICATES):
-            place = SEED.fold("recognition", per_class, i, r)
-            first, second = (stratified(labels, per_class, place.fold(name)) for name in ("first", "second"))
-            shuffled = labels[first][place.fold("labels").permutation(len(first))]
-            rows["permuted"].append((judges[..., first] == shuffled).double().mean())
-            rows["chance"].append(_chance(judges[..., first], labels[first], 10).mean())
-            rows["first"].append((judges[..., first] == labels[first]).double().mean())
-            rows["second"].append((judges[..., second] == labels[second]).double().mean())
-        values = {name: torch.stack(many) for name, many in rows.items()}
-        images = 10 * per_class
-        permuted.append(
-            recognition(values["permuted"], values["chance"], values["second"], images).claims()[0]
-        )
-        null = recognition(values["first"], values["chance"], values["second"], images)
-        control.append(null.claims()[0])
-        as_real.append(null.claims()[1])
-    assert supported(permuted) <= ALARMS
-    assert supported(as_real) <= ALARMS
-    assert supported(control) == DRAWS, "real images are recognised: the positive control"
-
-
-def test_images_that_no_judge_misses_are_clearer_than_real(bank: dict[str, torch.Tensor]) -> None:
-    labels, judges = bank["labels"].long(), bank["judges"].long()
-    found = []
-    for i in range(100):
-        real = torch.stack(
-            [
-                (judges[..., pick] == labels[pick]).double().mean()
-                for pick in (stratified(labels, 10, SEED.fold("clear", i, r)) for r in range(REPLICATES))
-            ]
-        )
-        found.append(
-            recognition(torch.ones(REPLICATES), torch.full((REPLICATES,), 0.1), real, 100).claims()[1]
-        )
-    assert supported(found) >= 90
 
 
 def agreement_claims(bank: dict[str, torch.Tensor], place: Key, planted_at: float | None) -> list[Claim]:

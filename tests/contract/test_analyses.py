@@ -10,9 +10,14 @@ import pytest
 from distillens import analyses
 from distillens.analyses.behaviour.accuracy import Accuracy
 from distillens.analyses.behaviour.cross_net import CrossNet
+from distillens.analyses.behaviour.fairness import Fairness
+from distillens.analyses.behaviour.feature_map import FeatureMap
 from distillens.analyses.behaviour.mixing import Mixing
+from distillens.analyses.behaviour.pixels import Pixels
 from distillens.analyses.behaviour.ranking import Ranking
 from distillens.analyses.behaviour.recognition import Recognition
+from distillens.analyses.behaviour.robustness import Robustness
+from distillens.analyses.behaviour.sensitivity import Sensitivity
 from distillens.analyses.pointwise.leave_one_out import LeaveOneOut
 from distillens.analyses.representativeness.early_agreement import EarlyAgreement
 from distillens.core.config import describe, restore
@@ -35,9 +40,16 @@ NET = ConvNet(depth=2, width=8)
 TINY: dict[str, Any] = {
     "behaviour/accuracy": Accuracy(Protocol("short", "", SHORT), NET),
     "behaviour/cross_net": CrossNet((NET, MLP(1, 16)), SHORT, (0.01, 0.1)),
+    "behaviour/fairness": Fairness(Protocol("short", "", SHORT), NET),
+    "behaviour/feature_map": FeatureMap(NET, SHORT, seeds=2, shown=60),
     "behaviour/mixing": Mixing((0, 1), SHORT, NET),
+    "behaviour/pixels": Pixels(),
     "behaviour/ranking": Ranking(NET, SHORT, (0.01, 0.1), augment="crop"),
-    "behaviour/recognition": Recognition((NET,), SHORT, seeds=1),
+    "behaviour/recognition": Recognition((NET, MLP(1, 16)), SHORT, (1.0, 0.5), seeds=1),
+    "behaviour/robustness": Robustness(
+        Protocol("short", "", SHORT), NET, ("contrast", "jpeg"), (3,), (8 / 255,), steps=2, attacked=20
+    ),
+    "behaviour/sensitivity": Sensitivity((("lr", "x3"), ("steps", "x2")), (), SHORT, NET, full=1),
     "pointwise/leave_one_out": LeaveOneOut(NET, SHORT, inits=2),
     "representativeness/early_agreement": EarlyAgreement(
         NET,

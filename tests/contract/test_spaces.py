@@ -17,7 +17,7 @@ from distillens.core.dataset import Dataset, Splits
 from distillens.core.rng import Key
 from distillens.core.space import Pixel, same_space
 from distillens.engine.plan import Plan
-from distillens.evaluation.protocol import PROTOCOLS
+from distillens.evaluation.published import PROTOCOLS
 from distillens.nets.convnet import ConvNet
 from distillens.runs import Runs
 from distillens.train import networks, on

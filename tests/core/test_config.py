@@ -11,7 +11,8 @@ import pytest
 from distillens import analyses, distillers, nets
 from distillens.core import recipe as recipe_module
 from distillens.core.checks import UserError
-from distillens.core.config import describe, override, restore, settings_of
+from distillens.core.config import describe, override, restore, settings_of, shrunk
+from distillens.core.contracts import Net
 from distillens.core.dataset import Splits
 from distillens.core.recipe import Recipe
 from distillens.core.rng import Key
@@ -249,11 +250,14 @@ def test_what_does_not_fit_is_said_in_one_line(assignment: str, message: str) ->
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["mlp", "none"])
-def test_settings_that_text_cannot_hold_are_refused(text: str) -> None:
-    value = analyses.room.find("behaviour/recognition")()
+@dataclass(frozen=True)
+class NoJury:
+    judges: tuple[Net, ...] = ()  # none says which room they come from
+
+
+def test_settings_that_text_cannot_hold_are_refused() -> None:
     with pytest.raises(UserError, match="setting 'judges' cannot be written as text; set it from Python"):
-        override(value, [f"judges={text}"])
+        override(NoJury(), ["judges=mlp"])
 
 
 def test_settings_of_lists_what_can_be_set_with_dots() -> None:
@@ -345,3 +349,55 @@ def test_settings_of_a_network_that_was_replaced_are_unknown() -> None:
 
 def test_a_field_that_is_named_twice_takes_the_last() -> None:
     assert override(Inner(), ["width=3", "norm=none", "width=5"]) == Inner(5, "none")
+
+
+@dataclass(frozen=True)
+class Timed:
+    steps: int = 300
+    moments: tuple[int, ...] = (30, 100, 300)
+
+
+@dataclass(frozen=True)
+class Sized:
+    pool: int = 52
+    seeds: int = 1
+    name: str = "a"
+    inner: Timed = Timed()
+
+
+def test_settings_shrink_by_a_share_and_say_to_what() -> None:
+    names = ("pool", "seeds", "inner.steps", "inner.moments", "name", "absent")
+    found = shrunk(Sized(), names, 0.1)
+    assert found == ["pool=6", "inner.steps=30", "inner.moments=3,10,30"]
+    small = override(Sized(), found)
+    assert small == Sized(6, 1, "a", Timed(30, (3, 10, 30)))
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.5, ["pool=26"]), (1e-6, ["pool=2"]), (1.0, [])])
+def test_two_models_are_left_and_nothing_grows(share: float, expected: list[str]) -> None:
+    assert shrunk(Sized(), ("pool", "seeds"), share) == expected
+
+
+@dataclass(frozen=True)
+class Jury:
+    judges: tuple[Net, ...] = (ConvNet(), MLP())
+
+
+def test_a_tuple_of_networks_is_a_list_of_names_with_settings(digits: Splits) -> None:
+    chosen = override(Jury(), ["judges=mlp, resnet18(width=8 norm=batch),convnet(depth=2, width=16)"])
+    assert chosen.judges == (MLP(), ResNet18(8, "batch"), ConvNet(2, 16))
+    fitted = override(Jury(), ["judges=convnet"], like=digits.train)
+    assert fitted.judges == (ConvNet.defaults(digits.train),)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("resnet19", "unknown network 'resnet19'.*Did you mean"),
+        ("mlp(width", "a bracket is not closed"),
+        ("mlp(wide=3)", "unknown setting of mlp 'wide'"),
+    ],
+)
+def test_a_name_in_a_list_that_does_not_fit_is_refused(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        override(Jury(), [f"judges={text}"])

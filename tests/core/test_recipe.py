@@ -34,7 +34,8 @@ from distillens.core.recipe import OPTIMISERS, SCHEDULES, Recipe
         ({"optimiser": "sdg"}, "unknown optimiser 'sdg'; Did you mean 'sgd'? Known: adam, adamw, sgd"),
         (
             {"schedule": "cosin"},
-            "unknown schedule 'cosin'; Did you mean 'cosine'? Known: constant, cosine, tenth_at_half",
+            "unknown schedule 'cosin'; Did you mean 'cosine'? Known: constant, cosine, "
+            "fifth_at_4_and_5_sixths, half_at_fifths, half_cosine, tenth_at_half, warm_up_cosine",
         ),
     ],
 )

@@ -107,3 +107,59 @@ print([room for room in rooms if room in sys.modules])
     command = [sys.executable, "-W", "error", "-c", script, str(run)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ}, check=False)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "[]", "")
+
+
+def paper(folder: Path) -> None:
+    """What a study of the published preset leaves beside its results."""
+    rows = [
+        {
+            "name": "T4",
+            "sentence": "Adding <real> images lowers accuracy.",
+            "subject": "dm",
+            "published": -0.011,
+            "estimate": {
+                "value": -0.05,
+                "low": -0.08,
+                "high": -0.02,
+                "n": 3,
+                "unit": "replicate",
+                "level": 0.95,
+            },
+            "verdict": "supported",
+            "deviation": -0.039,
+        },
+        {
+            "name": "T7",
+            "sentence": "Recognised early.",
+            "subject": "",
+            "published": "1.0 after 100 updates",
+            "estimate": None,
+            "verdict": "not asked",
+            "deviation": None,
+        },
+    ]
+    (folder / "paper.json").write_text(json.dumps({"rows": rows}))
+
+
+def test_the_papers_findings_come_first_with_their_deviation(run: Path, change) -> None:
+    paper(run)
+    change(run / "study.json", preset="wddl", scaled=["mixing: recipe.steps=30"], asked=["behaviour/mixing"])
+    page = write(run).read_text()
+    assert page.index('id="paper"') < page.index('id="overview"')
+    assert "Adding &lt;real&gt; images lowers accuracy." in page
+    for text in ("−0.011", "−0.039", "Paper: 1.0 after 100 updates", "not asked", "mixing: recipe.steps=30"):
+        assert text in page
+    # Analyses stand in the order in which they were asked.
+    assert page.index('id="behaviour-mixing"') < page.index('id="behaviour-accuracy"')
+    text = write(run, to=run / "page.md").read_text()
+    assert "| dm | −0.011 | −0.050 [−0.080, −0.020], n = 3 (replicate) | −0.039 | supported |" in text
+
+
+def test_a_report_of_another_study_says_nothing_of_the_paper(run: Path) -> None:
+    assert 'id="paper"' not in write(run).read_text()
+
+
+def test_a_damaged_comparison_is_named(run: Path) -> None:
+    (run / "paper.json").write_text(json.dumps({"rows": [{"name": "T4"}]}))
+    with pytest.raises(UserError, match=r"paper\.json has an unknown form"):
+        write(run)

@@ -20,7 +20,8 @@ from distillens.core.palette import colour
 from distillens.core.recipe import Recipe
 from distillens.core.result import Claim, Estimate, Result, Table, units
 from distillens.core.rng import Key
-from distillens.evaluation.protocol import DSA, Protocol
+from distillens.evaluation.protocol import Protocol
+from distillens.evaluation.published import DSA
 from distillens.evaluation.trials import Judged, choose, of_sets
 from distillens.nets.convnet import ConvNet
 from distillens.runs import Runs
