@@ -102,6 +102,11 @@ def test_the_figures_are_those_of_plain_python() -> None:
     assert same(found.away("dm"), [mean(row[1:]) for row in gains])
     assert same(found.loss("dm"), [row[0] - mean(row[1:]) for row in gains])
     assert same(found.slope("dm"), [float(np.polyfit(at, row, 1)[0]) for row in gains])
+    assert same(found.everywhere("dm"), [mean(row) for row in gains])
+    assert found.headline() == {
+        "dm, gain over random": found.everywhere("dm"),
+        "dm, loss off its network": found.loss("dm"),
+    }
     assert same(found.at_distance("dm", 3), [mean(row[3:]) for row in gains])
     (claim,) = found.claims()
     assert (claim.estimate, claim.smallest_effect, claim.direction) == (found.loss("dm"), 0.01, "greater")
@@ -117,8 +122,9 @@ def test_weak_networks_are_shown_and_not_counted() -> None:
     assert found.at_distance("dm", 1) is None
     assert "Net 1" in found.tables()[0].columns
     assert any(note.startswith("Weak networks") and "Net 1, Net 4" in note for note in found.notes())
+    assert found.everywhere("dm") == rest.everywhere("dm")
     none = result(own, random, [[0, 1, 2, 3, 3]] * 4, weak=found.nets)
-    assert none.claims() == ()
+    assert none.claims() == () and list(none.headline()) == ["dm, gain over random"]
 
 
 def test_the_nearest_network_stands_in_where_the_own_is_absent() -> None:

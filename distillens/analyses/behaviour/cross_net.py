@@ -189,6 +189,12 @@ class CrossNetResult(Result):
         """That accuracy minus the random subset's on the same network, paired."""
         return Estimate.mean(*units(self._gains(name)[:, self.nets.index(net)]))
 
+    def everywhere(self, name: str) -> Estimate:
+        """The gain over random, averaged over all networks that learn (over all, where none does)."""
+        strong = self._strong()
+        gains = self._gains(name)
+        return Estimate.mean(*units((gains[:, strong] if bool(strong.any()) else gains).mean(1)))
+
     def at_distance(self, name: str, distance: int) -> Estimate | None:
         """The gain over random, averaged over the networks at a distance; None where there are none."""
         at = (self.distances[name] == distance) & self._strong()
@@ -241,7 +247,11 @@ class CrossNetResult(Result):
         return _mean(gains, near), _mean(gains, far)
 
     def headline(self) -> dict[str, Estimate]:
-        """What each distilled set loses on other networks."""
+        """The gain over random of each distilled set on all networks, and what it loses off its own."""
+        gains = {f"{name}, gain over random": self.everywhere(name) for name in self.distilled}
+        return gains | {f"{name}, loss off its network": loss for name, loss in self._losses().items()}
+
+    def _losses(self) -> dict[str, Estimate]:
         return {name: loss for name in self.distilled if (loss := self.loss(name)) is not None}
 
     def claims(self) -> tuple[Claim, ...]:
@@ -257,7 +267,7 @@ class CrossNetResult(Result):
                 "a second random subset in the set's place",
                 "real images moved by a pixel: a convolutional network as their own, and a perceptron",
             )
-            for name, loss in self.headline().items()
+            for name, loss in self._losses().items()
         )
 
     def tables(self) -> tuple[Table, ...]:
@@ -332,7 +342,7 @@ class CrossNetResult(Result):
 
     def panels(self) -> dict[str, Callable[[Axes], None]]:
         """The matrix; with known networks gain against distance."""
-        if not self.headline():
+        if not self._losses():
             return {self.title: self.plot}
         return {self.title: self.plot, "Gain over random against distance": self.plot_distance}
 
@@ -346,10 +356,10 @@ class CrossNetResult(Result):
             [torch.zeros(len(self.nets)) if n in (RANDOM, FULL) else mean[n] - mean[RANDOM] for n in rows]
         )
         reach = max(0.02, float(gains.abs().max()))
-        ax.imshow(gains, cmap="RdBu", vmin=-2 * reach, vmax=2 * reach, aspect="auto")
+        ax.imshow(gains.numpy(), cmap="RdBu", vmin=-2 * reach, vmax=2 * reach, aspect="auto")
         for i, name in enumerate(rows):
             for j, net in enumerate(self.nets):
-                gain = "" if name in (RANDOM, FULL) else f" ({round(float(gains[i, j]), 2) + 0.0:+.2f})"
+                gain = "" if name in (RANDOM, FULL) else f"\n{round(float(gains[i, j]), 2) + 0.0:+.2f}"
                 tint = "#999999" if net in self.weak else "black"
                 ax.text(j, i, f"{mean[name][j]:.2f}{gain}", ha="center", va="center", fontsize=8, color=tint)
                 if name in self.distances:
@@ -359,13 +369,13 @@ class CrossNetResult(Result):
         ax.set_xticks(range(len(self.nets)), [net.replace(" ", "\n") for net in self.nets], fontsize=8)
         made = {name: self.origins.get(name, "") for name in rows}
         ax.set_yticks(range(len(rows)), [f"{n}\n{made[n]}".rstrip() for n in rows], fontsize=8)
-        ax.set_xlabel("test accuracy (gain over random), box: nearest to the distilling network")
+        ax.set_xlabel("test accuracy, gain over random below it; box: nearest to the distilling network")
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
 
     def plot_distance(self, ax: Axes) -> None:
         """The gain over random at each distance, with intervals."""
-        names = list(self.headline())
+        names = list(self._losses())
         for i, name in enumerate(names):
             found = [(d, e) for d in range(len(DISTANCES)) if (e := self.at_distance(name, d)) is not None]
             at = [d + 0.06 * (i - (len(names) - 1) / 2) for d, _ in found]
