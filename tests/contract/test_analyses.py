@@ -30,7 +30,7 @@ NET = ConvNet(depth=2, width=8)
 
 # Every analysis in a setting that takes a second or two.
 TINY: dict[str, Any] = {
-    "behaviour/accuracy": Accuracy(Protocol("short", "", SHORT), NET),
+    "behaviour/accuracy": Accuracy(Protocol("short", "", SHORT), NET, ("a", "random_subset")),
     "behaviour/mixing": Mixing((0, 1), SHORT, NET),
     "behaviour/recognition": Recognition((NET,), SHORT, seeds=1),
     "pointwise/leave_one_out": LeaveOneOut(NET, SHORT, inits=2),
