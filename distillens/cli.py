@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from distillens.core.artefact import DistilledDataset
-    from distillens.core.result import Result
+    from distillens.core.result import Estimate, Result, Table
 
 app = typer.Typer(
     name="distillens",
@@ -337,7 +337,7 @@ def evaluate(
             address=address,
             tell=tell,
         )
-    _deliver([result], place, as_json)
+    _deliver_whole(result, place, as_json)
 
 
 @app.command()
@@ -447,7 +447,7 @@ def _deliver(results: Sequence[Result], place: Path, as_json: bool) -> None:
     paths = [result.save(place / "results") for result in results]
     if as_json:
         saved = [json.loads(path.read_text()) for path in paths]
-        kept = ("analysis", "headline", "claims", "notes")
+        kept = ("analysis", "headline", "claims", "tables", "notes")
         print(json.dumps([{name: one[name] for name in kept} for one in saved]))
         return
     for result, path in zip(results, paths, strict=True):
@@ -457,6 +457,32 @@ def _deliver(results: Sequence[Result], place: Path, as_json: bool) -> None:
         for claim in result.claims():
             print(f"  {claim.verdict:>13}, {claim.subject}: {claim.statement} ({claim.estimate.text()})")
         print(f"  saved: {path}; for a page: distillens report {place}")
+
+
+def _deliver_whole(result: Result, place: Path, as_json: bool) -> None:
+    """Save a result and print all of it: storage, images seen and how it was chosen belong beside every accuracy."""
+    _deliver([result], place, as_json)
+    if as_json:
+        return
+    for table in result.tables():
+        _show(table)
+    for note in result.notes():
+        print(note)
+
+
+def _show(table: Table) -> None:
+    """Print a table in columns."""
+
+    def text(cell: str | int | Estimate) -> str:
+        if isinstance(cell, int):
+            return f"{cell:,}"
+        return cell if isinstance(cell, str) else cell.text()
+
+    rows = [table.columns, *(tuple(map(text, row)) for row in table.rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    print(table.title)
+    for row in rows:
+        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _version(value: bool) -> None:

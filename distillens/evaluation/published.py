@@ -40,7 +40,7 @@ DSA = Protocol(
 IDC = Protocol(
     "idc",
     "Kim et al. 2022: 1,000 passes of batches of 64, SGD 0.01, momentum 0.9, decay 5e-4, a fifth at 2/3 and 5/6; "
-    "colour, crop, CutMix at every other step",
+    "colour, crop, CutMix with chance 0.5",
     Recipe(
         steps=1000,
         batch=64,

@@ -38,7 +38,7 @@ NET = ConvNet(depth=2, width=8)
 
 # Every analysis in a setting that takes a second or two.
 TINY: dict[str, Any] = {
-    "behaviour/accuracy": Accuracy(Protocol("short", "", SHORT), NET),
+    "behaviour/accuracy": Accuracy(Protocol("short", "", SHORT), NET, ("a", "random_subset")),
     "behaviour/cross_net": CrossNet((NET, MLP(1, 16)), SHORT, (0.01, 0.1)),
     "behaviour/fairness": Fairness(Protocol("short", "", SHORT), NET),
     "behaviour/feature_map": FeatureMap(NET, SHORT, seeds=2, shown=60),

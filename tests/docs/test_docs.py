@@ -78,6 +78,7 @@ def test_every_printed_command_is_accepted(command: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(distillens.report, "write", asked("report"))
     monkeypatch.setattr(cli, "_load", lambda folders: ({}, {}, "digits"))
     monkeypatch.setattr(cli, "_deliver", lambda *a: None)
+    monkeypatch.setattr(cli, "_deliver_whole", lambda *a: None)
     words = shlex.split(command)[1:]
     cli.app(words, standalone_mode=False)
     assert distillers.room.names()

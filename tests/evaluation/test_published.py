@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from distillens import pipeline
+from distillens import cli, pipeline
 from distillens.analyses.behaviour.accuracy import Accuracy, AccuracyResult
 from distillens.core.artefact import DistilledDataset
 from distillens.core.contracts import Problem, Sets
@@ -214,3 +215,40 @@ def test_evaluate_takes_the_protocols_network_teacher_and_number(
     fewer = pipeline.evaluate({"a": one}, digits, protocol="sre2l", nets=1, net="mlp")
     assert isinstance(fewer, AccuracyResult)
     assert fewer.net == "MLP" and fewer.values["a"].shape == (1, 1)
+
+
+def test_the_command_prints_cost_and_optimism_beside_accuracy(
+    digits: Splits,
+    runs: Runs,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    result = Accuracy(BEST, NET)(sets_of(digits), digits, runs, key=KEY)
+    asked: dict[str, object] = {}
+
+    def evaluate(*given: object, **wishes: object) -> AccuracyResult:
+        asked.update(wishes)
+        return result
+
+    monkeypatch.setattr(pipeline, "evaluate", evaluate)
+    monkeypatch.setattr(cli, "_load", lambda folders: ({}, {}, "digits"))
+    words = ["evaluate", "runs/a", "--to", str(tmp_path), "--protocol", "rat_bptt", "--net", "mlp"]
+    cli.app(words, standalone_mode=False)
+    assert (asked["protocol"], asked["net"], asked["nets"]) == ("rat_bptt", "mlp", None)
+    printed = capsys.readouterr().out
+    assert "bits stored" in printed and "images seen" in printed
+    assert f"{32 * (640 + 100):,}" in printed  # images and learned labels
+    assert "As published: each network at the best of 5 looks at the test split" in printed
+    assert result.optimism("hard").text() in printed
+    assert all(quirk in printed for quirk in result.quirks)
+    cli.app([*words, "--json"], standalone_mode=False)
+    (saved,) = json.loads(capsys.readouterr().out)
+    assert [table["title"] for table in saved["tables"]] == [table.title for table in result.tables()]
+
+
+def test_the_docs_say_what_each_protocol_is_and_where_it_differs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    for protocol in PROTOCOLS.values():
+        assert f"| `{protocol.name}` | {protocol.source} |" in page
+        assert all(f"  - {quirk}\n" in page for quirk in protocol.quirks)

@@ -118,7 +118,7 @@ class Accuracy:
             | {FULL: whole.numel() * whole.element_size() * 8},
             seen,
             best,
-            len(self.protocol.moments),
+            len(set(self.protocol.moments)),
             tuple(name for name in self.order if name in values),
             self.protocol.quirks,
         )
