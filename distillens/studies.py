@@ -122,7 +122,6 @@ class Study:
             if "nets" in settings_of(analysis):
                 changes["nets"] = NETS_OF_ONE
         if self.preset.published:
-            changes |= {"order": ORDER} if hasattr(analysis, "order") else {}
             changes |= {"pairs": PAIRS} if hasattr(analysis, "pairs") else {}
         elif name == "pointwise/leave_one_out":
             whole = self.preset.whole is None or ipc in self.preset.whole

@@ -240,7 +240,7 @@ class AccuracyResult(Result):
             if difference is not None:
                 claims.append(
                     Claim(
-                        "better in order",
+                        f"better than {worse}",
                         better,
                         f"{better} trains better networks than {worse}, under the same recipe",
                         difference,
