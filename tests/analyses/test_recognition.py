@@ -130,7 +130,7 @@ def test_permuted_labels_and_real_images_support_nothing_more_often_than_stated(
             claims.setdefault((claim.subject, claim.name), []).append(claim)
     assert all(len(many) == DRAWS for many in claims.values())
     assert supported(claims["permuted", "recognised"]) <= ALARMS
-    for name in ("clearer than real", "falls with distance", "recognised better than again"):
+    for name in ("clearer than real", "recognition falls with distance", "recognised better than again"):
         assert supported(claims["real", name]) <= ALARMS, name
     assert supported(claims["real", "recognised"]) == DRAWS, (
         "real images are recognised: the positive control"
@@ -275,8 +275,8 @@ def test_noise_fitted_to_the_near_judges_falls_with_distance_and_real_images_do_
     result = analysis(sets, digits, runs, key=KEY)
     found = verdicts(result)
     assert result.distances["noise"] == (1, 1, 3, 3)
-    assert found["noise", "falls with distance"] == "supported"
-    assert found["real", "falls with distance"] != "supported"
+    assert found["noise", "recognition falls with distance"] == "supported"
+    assert found["real", "recognition falls with distance"] != "supported"
     assert {"near", "far", "near - far, real as hard", "fall"} < set(result.tables()[2].columns)
 
 

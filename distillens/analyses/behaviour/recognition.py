@@ -320,7 +320,7 @@ class RecognitionResult(Result):
             if falls is not None:
                 claims.append(
                     Claim(
-                        "falls with distance",
+                        "recognition falls with distance",
                         name,
                         "judges near to the network that distilled it are better on it than far ones, by more than on "
                         "unseen real images that noise has made as hard",
