@@ -47,7 +47,12 @@ class Fairness:
     question: ClassVar[str] = (
         "Do networks that were trained on the set serve all classes, and know what they do not know?"
     )
-    scales: ClassVar[tuple[str, ...]] = ("protocol.nets", "protocol.recipe.steps")
+    scales: ClassVar[tuple[str, ...]] = (
+        "protocol.recipe.steps",
+        "protocol.passes",
+        "protocol.moments",
+        "protocol.steps_by_size",
+    )
 
     protocol: Protocol = WDDL
     net: Net = field(default_factory=ConvNet)

@@ -52,7 +52,13 @@ class Robustness:
     """
 
     question: ClassVar[str] = "Are networks that were trained on the set more fragile than others?"
-    scales: ClassVar[tuple[str, ...]] = ("protocol.nets", "protocol.recipe.steps", "attacked")
+    scales: ClassVar[tuple[str, ...]] = (
+        "protocol.recipe.steps",
+        "protocol.passes",
+        "protocol.moments",
+        "protocol.steps_by_size",
+        "attacked",
+    )
 
     protocol: Protocol = WDDL
     net: Net = field(default_factory=ConvNet)
