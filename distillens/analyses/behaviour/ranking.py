@@ -15,14 +15,13 @@ from distillens.core.artefact import DistilledDataset
 from distillens.core.checks import UserError, at_least
 from distillens.core.contracts import Net, Sets
 from distillens.core.dataset import Dataset, Splits
-from distillens.core.labels import Hard
 from distillens.core.palette import colour
 from distillens.core.recipe import Recipe
 from distillens.core.result import Claim, Estimate, Result, Table, units
 from distillens.core.rng import Key
 from distillens.evaluation.protocol import Protocol
 from distillens.evaluation.published import DSA
-from distillens.evaluation.trials import Judged, choose, of_sets
+from distillens.evaluation.trials import Judged, choose, labelled, of_sets
 from distillens.nets.convnet import ConvNet
 from distillens.runs import Runs
 from distillens.train import Training
@@ -84,7 +83,7 @@ class Ranking:
 
     @classmethod
     def defaults(cls, like: Dataset) -> Ranking:
-        """DSA's 1,000 passes; on digits' scale 60 full-batch steps, and no mirror: a digit in it is none."""
+        """DSA's recipe; on digits' scale 60 full-batch steps, and no mirror: a digit in it is none."""
         net = ConvNet.defaults(like)
         if like.shape[1] * like.shape[2] <= 256:
             return cls(net, Recipe(steps=60), augment="color_crop_cutout_scale_rotate")
@@ -151,7 +150,7 @@ class Ranking:
         if not sets.random:
             raise UserError("ranking needs a random subset beside the sets", fix="add one as random_subset")
         named = sets.everything()
-        hard = {name: tuple(map(_hard, many)) for name, many in named.items()}
+        hard = {name: tuple(labelled(one, "hard") for one in many) for name, many in named.items()}
         borrowed = {
             name: lent for name, many in sets.distilled.items() if (lent := _borrowed(sets.random, many))
         }
@@ -173,13 +172,6 @@ class Ranking:
     def _full(self, sets: Sets, real: Splits, key: Key) -> list[list[Training]]:
         replicates = max(map(len, sets.everything().values()))
         return full_on_grid(self._grid(), self.net, real, replicates, key)
-
-
-def _hard(distilled: DistilledDataset) -> DistilledDataset:
-    """The set with the likeliest class of each label."""
-    if distilled.labels.kind == "hard":
-        return distilled
-    return replace(distilled, labels=Hard(distilled.labels.hard()))
 
 
 def _borrowed(random: Replicates, lenders: Replicates) -> Replicates:
