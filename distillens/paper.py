@@ -7,7 +7,7 @@ names: gradient matching is ``dc``, trajectory matching ``mtt``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,14 +78,14 @@ FINDINGS = (
     ),
     Finding(
         "T4",
-        "Adding 10 real images a class lowers their accuracy.",
+        "Adding about as many real images as they hold (10 a class) lowers their accuracy.",
         "behaviour/mixing",
         "real data hurts",
         {"bptt": -0.089, "mtt": -0.079, "dc": -0.023, "dm": -0.011},
     ),
     Finding(
         "T5",
-        "With 250 real images a class added all sets end at the accuracy of random real images.",
+        "With the most real images added (250 a class there) all sets end at the accuracy of random ones.",
         "behaviour/mixing",
         "converges",
         {"bptt": 0.012, "mtt": 0.008, "dc": 0.004, "dm": 0.006},
@@ -132,7 +132,7 @@ FINDINGS = (
 class Row:
     """One finding about one set: the paper's value, ours with its verdict, and how far they are apart.
 
-    ``estimate`` is None where the study did not ask.
+    ``estimate`` is None where the study did not ask, or could not answer.
     """
 
     finding: Finding
@@ -148,6 +148,10 @@ class Row:
             return None
         return self.estimate.value - self.published
 
+    def _words(self) -> str:
+        values = "" if self.subject else ", ".join(f"{k} {v:+.3f}" for k, v in self.finding.values.items())
+        return self.finding.said or values
+
     def to_json(self) -> dict[str, Any]:
         """The row as a file keeps it."""
         e = self.estimate
@@ -155,15 +159,18 @@ class Row:
             "name": self.finding.name,
             "sentence": self.finding.sentence,
             "subject": self.subject,
-            "published": self.finding.said if self.published is None else self.published,
+            "published": self._words() if self.published is None else self.published,
             "estimate": None if e is None else e.to_json(),
             "verdict": self.verdict,
             "deviation": self.deviation,
         }
 
 
-def beside(claims: Iterable[tuple[str, Claim]]) -> list[Row]:
-    """Every finding of the paper beside the claims of a study, given as (analysis, claim)."""
+def beside(claims: Iterable[tuple[str, Claim]], asked: Collection[str]) -> list[Row]:
+    """Every finding of the paper beside the claims of a study, given as (analysis, claim); ``asked`` are its analyses.
+
+    One that was asked and made no such claim could not answer: its result says why.
+    """
     tested: dict[tuple[str, str], list[Claim]] = {}
     for analysis, claim in claims:
         tested.setdefault((analysis, claim.name.partition(" than ")[0]), []).append(claim)
@@ -171,7 +178,8 @@ def beside(claims: Iterable[tuple[str, Claim]]) -> list[Row]:
     for finding in FINDINGS:
         own = tested.get((finding.analysis, finding.claim), [])
         if not own:
-            rows.append(Row(finding, "", None, None, "not asked"))
+            answered = finding.analysis in asked
+            rows.append(Row(finding, "", None, None, "not answered" if answered else "not asked"))
         for claim in own:
             against = claim.name.partition(" than ")[2]
             subject = f"{claim.subject} than {against}" if against else claim.subject

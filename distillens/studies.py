@@ -510,7 +510,7 @@ def _analyse(wanted: Study, everything: Mapping[int, Sets], to: Path, runs: Runs
             done += 1
             tell("answering", done, total)
     if wanted.preset.published:
-        write_json(to / "paper.json", {"rows": [row.to_json() for row in beside(found)]})
+        write_json(to / "paper.json", {"rows": [row.to_json() for row in beside(found, wanted.asked)]})
 
 
 def _about(wanted: Study, cost: Forecast, everything: Mapping[int, Sets]) -> dict[str, Any]:

@@ -16,9 +16,8 @@ def number(value: float) -> str:
 
 
 def signed(value: float) -> str:
-    """A difference: ``+0.021``, ``−0.5``."""
-    text = _fixed(value, *_precision(abs(value)))
-    return text if text.startswith("−") else f"+{text}"
+    """A difference of shares: ``+0.021``, ``−0.500``."""
+    return f"{value:+.3f}".replace("-", "−")
 
 
 def value_text(estimate: Estimate) -> str:

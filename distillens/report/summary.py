@@ -66,12 +66,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Compared:
-    """What a paper found of a set beside what this run finds; ``estimate`` is None where it was not asked."""
+    """What a paper found of a set beside what this run finds; ``estimate`` is None where it was not asked or not answered."""
 
     subject: str
     published: float | str
     estimate: Estimate | None
-    verdict: Verdict | Literal["not asked"]
+    verdict: Verdict | Literal["not asked", "not answered"]
     deviation: float | None
 
 
@@ -337,7 +337,7 @@ def _read_paper(folder: Path, run: str) -> list[Reproduced]:
     found: dict[tuple[str, str], list[Compared]] = {}
     with _opened(folder / "paper.json") as saved:
         for row in saved.get("rows", ()):
-            if row["verdict"] not in (*VERDICTS, "not asked"):
+            if row["verdict"] not in (*VERDICTS, "not asked", "not answered"):
                 raise ValueError(f"verdict {row['verdict']!r}")
             published, deviation = row["published"], row["deviation"]
             compared = Compared(
