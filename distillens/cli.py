@@ -147,6 +147,10 @@ def study(
         list[str] | None,
         typer.Option("--distilled", help="Sets that are there: run folders or files, NAME=PATH to name one."),
     ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--analyses", help="Analyses or questions to ask, in place of all of the preset's."),
+    ] = None,
     scale: Annotated[
         float, typer.Option("--scale", help="Below 1: so much of the steps and of the models.")
     ] = 1.0,
@@ -179,6 +183,7 @@ def study(
             preset=preset,
             replicates=replicates,
             distilled=_many(distilled),
+            only=_many(only),
             scale=scale,
             protocol=protocol,
             settings=tuple(settings or ()),

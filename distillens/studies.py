@@ -50,7 +50,8 @@ NETS_OF_ONE = 5  # networks that look at a set that has no replicates
 class Study:
     """A study as it was asked for: known in full before any of it runs.
 
-    ``given`` are sets that were brought along, by name, each with its replicates; ``scale`` shrinks steps and pools.
+    ``given`` are sets that were brought along, by name, each with its replicates; ``scale`` shrinks steps and pools;
+    ``only`` are the analyses to ask where not all of the preset's.
     """
 
     real: Splits
@@ -64,6 +65,7 @@ class Study:
     plan: Plan
     given: Given = field(default_factory=Given)
     scale: float = 1.0
+    only: tuple[str, ...] = ()
 
     @property
     def subjects(self) -> tuple[str, ...]:
@@ -103,8 +105,12 @@ class Study:
 
     @property
     def asked(self) -> tuple[str, ...]:
-        """The analyses to ask, in order."""
-        return self.preset.analyses or tuple(analyses.room.names())
+        """The analyses to ask, in the preset's order."""
+        known = tuple(analyses.room.names())
+        preset = self.preset.analyses or known
+        if not self.only:
+            return preset
+        return tuple(name for name in dict.fromkeys((*preset, *known)) if name in self.only)
 
     def questions(self, ipc: int) -> list[Any]:
         """The analyses to ask at a size, with their settings."""
@@ -115,7 +121,8 @@ class Study:
         analysis = (kind.as_published if self.preset.published else kind.defaults)(self.real.train)
         changes: dict[str, Any] = {}
         if hasattr(analysis, "protocol"):
-            changes["protocol"] = protocols.find(self.protocol)
+            changes["protocol"] = chosen = protocols.find(self.protocol)
+            changes |= {} if chosen.net is None else {"net": chosen.net}
         if self.replicates == 1:  # of one set nothing but training can be repeated
             if "protocol" in changes:
                 changes["protocol"] = replace(changes["protocol"], nets=NETS_OF_ONE)
@@ -172,6 +179,7 @@ class Study:
             f"--ipc {','.join(map(str, self.ipc))}",
             f"--replicates {self.replicates}",
             f"--preset {self.preset.name}",
+            *([f"--analyses {','.join(self.only)}"] if self.only else []),
             *([f"--scale {self.scale:g}"] if self.scale != 1 else []),
             f"--protocol {self.protocol}",
             f"--seed {self.seed}",
@@ -195,6 +203,7 @@ def design(
     preset: str = "quick",
     replicates: int | None = None,
     distilled: Sequence[str] = (),
+    only: Sequence[str] = (),
     scale: float = 1.0,
     seed: int = 0,
     protocol: str = "wddl",
@@ -205,7 +214,8 @@ def design(
     """A study of some data, checked in full.
 
     ``distilled`` are sets that are there already: a run folder or somebody's file each, ``NAME=PATH`` to name it; those of
-    one name are its replicates. With them no method is run unless ``methods`` names some. ``scale`` below 1 shrinks the
+    one name are its replicates. With them no method is run unless ``methods`` names some. ``only`` are analyses, or
+    questions, to ask in place of all that the preset asks. ``scale`` below 1 shrinks the
     steps of methods and the steps and pools of analyses. ``settings`` carry the name of a method or an analysis
     first: ``mtt.steps=500``, ``leave_one_out.inits=5``. ``plan`` is one to take as it is; else the machine's in that ``precision``.
 
@@ -254,6 +264,7 @@ def design(
         plan or chosen_plan(real, jobs=cores(), precision=precision),
         brought,
         scale,
+        _analyses(only, chosen),
     )
     for size in study.ipc:
         study.questions(size)
@@ -261,6 +272,22 @@ def design(
             Problem(real.train, size, analysis_key(seed))
         )
     return study
+
+
+def _analyses(only: Sequence[str], preset: Preset) -> tuple[str, ...]:
+    """The analyses that were asked for by name or by question, each once."""
+    names = tuple(dict.fromkeys(one for asked in only for one in pipeline.analyses_of(asked)))
+    if not preset.published:
+        return names
+    published = pipeline.published_analyses()
+    for name in only:  # of a question those that the paper has
+        if name in names and name not in published:
+            raise UserError(
+                f"{name} is not an experiment of the paper",
+                expected=", ".join(published),
+                fix="ask it in a study of another preset",
+            )
+    return tuple(name for name in names if name in published)
 
 
 @dataclass(frozen=True)

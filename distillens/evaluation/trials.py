@@ -12,6 +12,7 @@ from distillens.core.artefact import DistilledDataset
 from distillens.core.contracts import Net, Sets
 from distillens.core.dataset import Dataset, Splits
 from distillens.core.labels import Hard, Labels, Targets, Teacher
+from distillens.core.recipe import Recipe
 from distillens.core.rng import Key
 from distillens.evaluation.protocol import Labelling, Protocol
 from distillens.runs import Runs
@@ -101,19 +102,28 @@ def of_sets(
 
 def of_full(
     protocol: Protocol, net: Net, real: Splits, replicates: int, key: Key, *, steps: int | None = None
-) -> list[Training]:
-    """The full training data under a protocol: one training a network, with the data's own labels.
+) -> list[list[Training]]:
+    """The full training data under a protocol, with the data's own labels: the candidates of each network.
 
     One network a replicate is enough of the full data; all of a protocol's where there is one replicate. Full batches
-    of a whole dataset are nobody's practice: batches of 256, the same rate, and ``steps`` (those of a set of one
+    of a whole dataset are nobody's practice: batches of 256, the same rates to try, and ``steps`` (those of a set of one
     batch, where they are not given).
     """
     each = protocol.nets if replicates == 1 else 1
     keys = [k for r in range(replicates) for k in networks(key, r, each)]
-    recipe = protocol.recipes()[0]
-    recipe = recipe.but(batch=min(recipe.batch or 256, len(real.train)), steps=steps or recipe.steps)
-    looks = protocol.looks(recipe) if protocol.selection == "best_validation" else ()
-    return [Training(real.train, net, recipe, (k,), snapshots=looks) for k in keys]
+
+    def at(recipe: Recipe, k: Key) -> Training:
+        recipe = recipe.but(batch=min(recipe.batch or 256, len(real.train)), steps=steps or recipe.steps)
+        looks = protocol.looks(recipe) if protocol.selection == "best_validation" else ()
+        return Training(real.train, net, recipe, (k,), snapshots=looks)
+
+    return [[at(recipe, k) for recipe in protocol.recipes()] for k in keys]
+
+
+def longest(by_name: Mapping[str, list[list[Training]]]) -> int | None:
+    """Steps of the longest training that follows the protocol; a set of ordered steps follows its own."""
+    trainings = (t for many in by_name.values() for each in many for t in each)
+    return max((t.steps for t in trainings if t.order is None), default=None)
 
 
 def choose(protocol: Protocol, candidates: Sequence[Population], real: Splits) -> Judged:

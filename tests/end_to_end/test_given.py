@@ -118,3 +118,16 @@ def test_a_file_in_the_papers_layout_is_taken_as_it_is(
     pipeline.import_(tmp_path / "mtt.pt", "wddl", digits, to=to, settings=settings)
     given = bring([str(to)], digits)
     torch.testing.assert_close(given.sets["mtt"][0].dataset().images, data.images, rtol=0, atol=1e-5)
+
+
+def test_a_study_may_ask_some_analyses_only(digits: Splits) -> None:
+    study = studies.design(digits, methods=("dm",), only=("pointwise", "behaviour/pixels"), preset="quick")
+    assert study.asked == ("behaviour/pixels", "pointwise/leave_one_out")
+    assert "--analyses pointwise/leave_one_out,behaviour/pixels" in study.command()
+    paper = studies.design(digits, methods=("dm",), only=("behaviour",), preset="wddl")
+    assert paper.asked[:2] == ("behaviour/recognition", "behaviour/feature_map")
+    assert "behaviour/sensitivity" not in paper.asked
+    with pytest.raises(UserError, match="behaviour/sensitivity is not an experiment of the paper"):
+        studies.design(digits, methods=("dm",), only=("behaviour/sensitivity",), preset="wddl")
+    with pytest.raises(UserError, match=r"unknown analysis or question 'behavior'.*Did you mean"):
+        studies.design(digits, methods=("dm",), only=("behavior",))

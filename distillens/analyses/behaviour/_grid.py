@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from distillens.core.contracts import Net
-from distillens.core.dataset import Splits
 from distillens.core.recipe import Recipe
-from distillens.core.rng import Key
 from distillens.evaluation.protocol import Protocol
-from distillens.evaluation.trials import of_full
-from distillens.train import Training
 
 
 def on_grid(recipe: Recipe, rates: tuple[float, ...], models: int, *, learned: bool = False) -> Protocol:
@@ -24,12 +17,3 @@ def on_grid(recipe: Recipe, rates: tuple[float, ...], models: int, *, learned: b
         learned_rate=learned,
         nets=models,
     )
-
-
-def full_on_grid(grid: Protocol, net: Net, real: Splits, replicates: int, key: Key) -> list[list[Training]]:
-    """The full training data at each rate: the candidates of each network that ``of_full`` trains."""
-    by_rate = [
-        of_full(replace(grid, recipe=one, rates=(), selection="last"), net, real, replicates, key)
-        for one in grid.recipes()
-    ]
-    return [list(each) for each in zip(*by_rate, strict=True)]

@@ -11,7 +11,8 @@ from distillens.core.dataset import Splits
 from distillens.core.result import NETWORK, REPLICATE, Estimate, paired, units
 from distillens.core.rng import Key
 from distillens.evaluation.protocol import Protocol
-from distillens.evaluation.trials import Judged, choose, of_full, of_sets
+from distillens.evaluation.teaching import check_labels
+from distillens.evaluation.trials import Judged, choose, longest, of_full, of_sets
 from distillens.runs import Runs
 from distillens.train import Training
 
@@ -22,22 +23,22 @@ RANDOM = "random_subset"
 def asked(protocol: Protocol, net: Net, sets: Sets, real: Splits, key: Key) -> list[Training]:
     """What ``judged`` needs: the trainings of behaviour/accuracy on the sets, baselines and full data."""
     found = of_sets(protocol, net, sets.everything(), key)
-    return [t for many in found.values() for each in many for t in each] + _full(
-        protocol, net, sets, real, key
-    )
+    full = _full(protocol, net, sets, real, key)
+    return [t for many in (*found.values(), full) for each in many for t in each]
 
 
 def judged(
     protocol: Protocol, net: Net, sets: Sets, real: Splits, runs: Runs, key: Key
 ) -> dict[str, list[Judged]]:
     """The networks that count of each replicate, by set; the full data's under ``FULL``, one network in each entry."""
+    check_labels(protocol.teaching, protocol.name, sets)
     runs.make(asked(protocol, net, sets, real, key))
     found = {
         name: [choose(protocol, runs.get(*each), real) for each in replicates]
         for name, replicates in of_sets(protocol, net, sets.everything(), key).items()
     }
-    full = runs.get(*_full(protocol, net, sets, real, key))
-    return {**found, FULL: [choose(protocol, [population], real) for population in full]}
+    full = [choose(protocol, runs.get(*each), real) for each in _full(protocol, net, sets, real, key)]
+    return {**found, FULL: full}
 
 
 def by_replicate(name: str, values: Sequence[torch.Tensor], replicates: int) -> torch.Tensor:
@@ -67,5 +68,7 @@ def single(values: Mapping[str, torch.Tensor], names: Sequence[str]) -> tuple[st
     return (f"{', '.join(alone)}: one set, the interval covers training only.",) if alone else ()
 
 
-def _full(protocol: Protocol, net: Net, sets: Sets, real: Splits, key: Key) -> list[Training]:
-    return of_full(protocol, net, real, max(map(len, sets.everything().values())), key)
+def _full(protocol: Protocol, net: Net, sets: Sets, real: Splits, key: Key) -> list[list[Training]]:
+    everything = sets.everything()
+    steps = longest(of_sets(protocol, net, everything, key))
+    return of_full(protocol, net, real, max(map(len, everything.values())), key, steps=steps)

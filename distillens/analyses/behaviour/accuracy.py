@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
@@ -18,7 +18,7 @@ from distillens.core.result import Claim, Estimate, Result, Table, paired, units
 from distillens.core.rng import Key
 from distillens.evaluation.protocol import WDDL, Protocol
 from distillens.evaluation.teaching import check_labels
-from distillens.evaluation.trials import best_on_test, choose, of_full, of_sets, trials
+from distillens.evaluation.trials import best_on_test, choose, longest, of_full, of_sets, trials
 from distillens.nets.convnet import ConvNet
 from distillens.runs import Runs
 from distillens.train import Training, networks
@@ -75,8 +75,8 @@ class Accuracy:
     def trainings(self, sets: Sets, real: Splits, *, key: Key) -> list[Training]:
         """One training a set, replicate and candidate, and the full data's."""
         by_name = self._of_sets(sets, key)
-        of_full = self._full(sets, real, key, _longest(by_name))
-        return [t for many in (*by_name.values(), of_full) for each in many for t in each]
+        full = self._full(sets, real, key, longest(by_name))
+        return [t for many in (*by_name.values(), full) for each in many for t in each]
 
     def __call__(self, sets: Sets, real: Splits, runs: Runs, *, key: Key) -> AccuracyResult:
         """The accuracies, with the claims against random subset and initialisation.
@@ -98,7 +98,7 @@ class Accuracy:
             seen[name] = round(sum(shown) / len(shown))
             if self.protocol.selection == "best_test":
                 best[name] = torch.stack([best_on_test(each[-1], real) for each in populations])
-        asked = self._full(sets, real, key, _longest(by_name))
+        asked = self._full(sets, real, key, longest(by_name))
         full = [choose(self.protocol, runs.get(*each), real) for each in asked]
         shown = [one.seen(each[0]) for one, each in zip(full, asked, strict=True)]
         seen[FULL] = round(sum(shown) / len(shown))
@@ -135,17 +135,8 @@ class Accuracy:
         return found
 
     def _full(self, sets: Sets, real: Splits, key: Key, steps: int | None) -> list[list[Training]]:
-        """The candidates of each network on the full data: it has the same rates to try as every set."""
         replicates = max(map(len, sets.everything().values()))
-        tried = [replace(self.protocol, rates=(rate,)) for rate in self.protocol.rates] or [self.protocol]
-        columns = [of_full(one, self.net, real, replicates, key, steps=steps) for one in tried]
-        return [list(each) for each in zip(*columns, strict=True)]
-
-
-def _longest(by_name: Mapping[str, list[list[Training]]]) -> int | None:
-    """Steps of the longest training that follows the protocol; a set of ordered steps follows its own."""
-    trainings = (t for many in by_name.values() for each in many for t in each)
-    return max((t.steps for t in trainings if t.order is None), default=None)
+        return of_full(self.protocol, self.net, real, replicates, key, steps=steps)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from distillens import nets
-from distillens.analyses.behaviour._grid import full_on_grid, on_grid
+from distillens.analyses.behaviour._grid import on_grid
 from distillens.core.checks import UserError, at_least
 from distillens.core.contracts import Net, Sets
 from distillens.core.dataset import Dataset, Splits
@@ -19,7 +19,7 @@ from distillens.core.recipe import Recipe
 from distillens.core.result import Claim, Estimate, Result, Table, units
 from distillens.core.rng import Key
 from distillens.evaluation.protocol import NEUTRAL, Protocol
-from distillens.evaluation.trials import choose, of_sets
+from distillens.evaluation.trials import choose, of_full, of_sets
 from distillens.nets.alexnet import AlexNet
 from distillens.nets.convnet import ConvNet
 from distillens.nets.lenet import LeNet
@@ -156,7 +156,7 @@ class CrossNet:
         return of_sets(self._grid(), net, sets.everything(), key)
 
     def _full(self, net: Net, real: Splits, key: Key) -> list[list[Training]]:
-        return full_on_grid(self._grid(), net, real, TRIED, key)
+        return of_full(self._grid(), net, real, TRIED, key)
 
 
 @dataclass(frozen=True, eq=False)

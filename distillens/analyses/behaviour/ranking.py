@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from distillens.analyses.behaviour._grid import full_on_grid, on_grid
+from distillens.analyses.behaviour._grid import on_grid
 from distillens.core.artefact import DistilledDataset
 from distillens.core.checks import UserError, at_least
 from distillens.core.contracts import Net, Sets
@@ -21,7 +21,7 @@ from distillens.core.result import Claim, Estimate, Result, Table, units
 from distillens.core.rng import Key
 from distillens.evaluation.protocol import Protocol
 from distillens.evaluation.published import DSA
-from distillens.evaluation.trials import Judged, choose, labelled, of_sets
+from distillens.evaluation.trials import Judged, choose, labelled, of_full, of_sets
 from distillens.nets.convnet import ConvNet
 from distillens.runs import Runs
 from distillens.train import Training
@@ -171,7 +171,7 @@ class Ranking:
 
     def _full(self, sets: Sets, real: Splits, key: Key) -> list[list[Training]]:
         replicates = max(map(len, sets.everything().values()))
-        return full_on_grid(self._grid(), self.net, real, replicates, key)
+        return of_full(self._grid(), self.net, real, replicates, key)
 
 
 def _borrowed(random: Replicates, lenders: Replicates) -> Replicates:
