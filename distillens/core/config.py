@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from importlib import import_module
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
@@ -172,13 +171,12 @@ def _by_name(value: Any) -> Callable[[str, Any], Any] | None:
 
 def _converted(kind: Any, text: str, whole: str) -> Any:
     """The text as a value of the field's type."""
+    if text.lower() == "none" and type(None) in get_args(kind):
+        return None  # where a field may be empty, else a word like any other
     try:
         adapter: TypeAdapter[Any] = TypeAdapter(kind)
     except PydanticSchemaGenerationError as error:  # settings objects in a tuple, say
         raise UserError(f"setting {whole!r} cannot be written as text", fix="set it from Python") from error
-    if text.lower() == "none":  # no value where the field may be empty, else a word like any other
-        with suppress(ValidationError):
-            return adapter.validate_python(None)
     given: Any = text
     if str(kind).startswith("tuple"):
         given = [part for part in re.split(r"[,\s]+", text) if part]
