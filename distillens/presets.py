@@ -31,8 +31,32 @@ class Preset:
 PRESETS = {
     preset.name: preset
     for preset in (
-        Preset("quick", "four methods, 1 and 10 images a class, 5 replicates", (1, 10), 5, whole=(1,)),
-        Preset("full", "the same with 10 replicates and leave-one-out of every set", (1, 10), 10, inits=5),
+        Preset(
+            "quick",
+            "four methods, 1 and 10 images a class, 5 replicates; every analysis but those of many settings",
+            (1, 10),
+            5,
+            # Ranking, cross_net and sensitivity train every set many times over: they are asked one at a time, or in full.
+            analyses=(
+                "behaviour/accuracy",
+                "behaviour/recognition",
+                "behaviour/feature_map",
+                "behaviour/pixels",
+                "behaviour/mixing",
+                "behaviour/robustness",
+                "behaviour/fairness",
+                "representativeness/early_agreement",
+                "pointwise/leave_one_out",
+            ),
+            whole=(1,),
+        ),
+        Preset(
+            "full",
+            "every analysis, 10 replicates, leave-one-out of every set from 5 initialisations",
+            (1, 10),
+            10,
+            inits=5,
+        ),
         Preset(
             "smoke",
             "the least that passes through every room",

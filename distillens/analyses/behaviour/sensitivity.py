@@ -106,7 +106,7 @@ class Sensitivity:
     recipe: Recipe = Recipe(steps=300)
     net: Net = field(default_factory=ConvNet)
     nets: int = 1
-    full: int = 3
+    full: int = 2
     smallest_effect: float = 0.01
 
     def __post_init__(self) -> None:
