@@ -106,6 +106,21 @@ def paper_table(name: str) -> str:
     return "\n".join(lines)
 
 
+def cost_table() -> str:
+    """What each analysis costs on digits."""
+    rows = json.loads((RESULTS / "analyses.json").read_text())["rows"]
+    lines = ["| analysis | models trained | s |", "| --- | --- | --- |"]
+    lines += [f"| {row['name']} | {row['models']} | {row['seconds'] + row['saving']:.1f} |" for row in rows]
+    e = rows[0]["environment"]
+    commits = ", ".join(sorted({row["environment"]["commit"] for row in rows}))
+    lines += [
+        "",
+        f"`python -m benchmarks.analyses`, one run, figures included; {e['cores']} cores ({e['machine']}, torch {e['torch']}), "
+        f"commit {commits}.",
+    ]
+    return "\n".join(lines)
+
+
 def tesla_table() -> str:
     """TESLA's gradient against the exact one, by number of inner steps."""
     saved = json.loads((RESULTS / "tesla.json").read_text())
@@ -304,6 +319,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "engine precision": precision_table,
     "whitening": whitening_table,
     "tesla": tesla_table,
+    "analyses cost": cost_table,
     "trajectories accuracy": lambda: accuracy_table("trajectories"),
     "matching accuracy": lambda: accuracy_table("matching"),
     "coresets accuracy": lambda: accuracy_table("coresets"),
