@@ -44,6 +44,7 @@ from distillens.train import Training, chunks
 from distillens.tuning import wish
 
 NETS_OF_ONE = 5  # networks that look at a set that has no replicates
+METHOD_SCALES = ("steps", "experts")  # what a study's scale shrinks of a method
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,15 +77,24 @@ class Study:
         return tuple(sorted(names, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER)))
 
     def settings_for(self, name: str, value: Any, scales: Sequence[str]) -> list[str]:
-        """The settings of a method or an analysis whose defaults are ``value``: shrunk, then as they were asked for."""
+        """The settings of a method or an analysis whose defaults are ``value``: shrunk, and as they were asked for."""
+        return [*self._shrunk(name, value, scales), *self._asked_for(name)]
+
+    def _asked_for(self, name: str) -> list[str]:
         leaf = name.rpartition("/")[2]
-        asked = [s.partition(".")[2] for s in self.settings if s.partition(".")[0] == leaf]
-        return [*(shrunk(value, scales, self.scale) if self.scale < 1 else ()), *asked]
+        return [s.partition(".")[2] for s in self.settings if s.partition(".")[0] == leaf]
+
+    def _shrunk(self, name: str, value: Any, scales: Sequence[str]) -> list[str]:
+        """What the scale changes, less what was asked for."""
+        if self.scale == 1:
+            return []
+        asked = {one.partition("=")[0] for one in self._asked_for(name)}
+        return [one for one in shrunk(value, scales, self.scale) if one.partition("=")[0] not in asked]
 
     def settings_of_method(self, name: str, ipc: int) -> list[str]:
         """The settings of a method that are not its defaults."""
         defaults = distillers.room.find(name).defaults(self.real.train, ipc)
-        return self.settings_for(name, defaults, ("steps", "experts"))
+        return self.settings_for(name, defaults, METHOD_SCALES)
 
     @cached_property
     def orders(self) -> list[Order]:
@@ -118,6 +128,12 @@ class Study:
 
     def _question(self, name: str, ipc: int) -> Any:
         kind: Any = analyses.room.find(name)
+        analysis = self._designed(name, ipc)
+        return override(analysis, self.settings_for(name, analysis, kind.scales), like=self.real.train)
+
+    def _designed(self, name: str, ipc: int) -> Any:
+        """An analysis as the preset asks it, at full size."""
+        kind: Any = analyses.room.find(name)
         analysis = (kind.as_published if self.preset.published else kind.defaults)(self.real.train)
         changes: dict[str, Any] = {}
         if hasattr(analysis, "protocol"):
@@ -133,25 +149,20 @@ class Study:
         elif name == "pointwise/leave_one_out":
             whole = self.preset.whole is None or ipc in self.preset.whole
             changes |= {"inits": self.preset.inits, "only": () if whole else self.subjects[:1]}
-        analysis = replace(analysis, **changes)
-        settings = self.settings_for(name, analysis, kind.scales)
-        return override(analysis, settings, like=self.real.train)
+        return replace(analysis, **changes)
 
     @property
     def shrinkage(self) -> list[str]:
-        """What the scale changed, as ``OWNER: NAME=VALUE``; settings that were asked for are not among it."""
-        if self.scale == 1:
-            return []
+        """What the scale changed, as ``OWNER: NAME=VALUE``."""
         found = []
         for ipc in self.ipc:
             for name in self.methods:
                 defaults = distillers.room.find(name).defaults(self.real.train, ipc)
-                found += [f"{name}: {one}" for one in shrunk(defaults, ("steps", "experts"), self.scale)]
-        whole = replace(self, scale=1.0)
+                found += [f"{name}: {one}" for one in self._shrunk(name, defaults, METHOD_SCALES)]
         for name in self.asked:
             kind: Any = analyses.room.find(name)
-            question = whole._question(name, self.ipc[0])
-            found += [f"{name}: {one}" for one in shrunk(question, kind.scales, self.scale)]
+            question = self._designed(name, self.ipc[0])
+            found += [f"{name}: {one}" for one in self._shrunk(name, question, kind.scales)]
         return list(dict.fromkeys(found))
 
     def request(self) -> dict[str, Any]:
