@@ -891,7 +891,8 @@ def test_an_order_needs_one_rate_a_step() -> None:
         ),
         (
             {"schedule": "cosin"},
-            "unknown schedule 'cosin'; Did you mean 'cosine'? Known: constant, cosine, tenth_at_half",
+            "unknown schedule 'cosin'; Did you mean 'cosine'? Known: constant, cosine, "
+            "fifth_at_4_and_5_sixths, half_at_fifths, half_cosine, tenth_at_half, warm_up_cosine",
         ),
     ],
 )
