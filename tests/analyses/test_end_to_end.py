@@ -194,7 +194,8 @@ def test_ordered_steps_are_replayed_under_any_protocol(digits: Splits) -> None:
     settings = ["steps=2", "net.width=8", "init=real", "distill_epochs=2"]
     made = pipeline.distill("wang2018", digits, ipc=1, settings=settings)
     scores = []
-    for protocol in (NEUTRAL, Protocol("short", "", SHORT)):
+    several = replace(NEUTRAL, recipe=Recipe(steps=40, batch=256), moments=(10, 40))
+    for protocol in (several, Protocol("short", "", SHORT)):
         analysis = Accuracy(replace(protocol, nets=2), TINY)
         result = analysis(Sets({"wang2018": (made,)}), digits, Runs(Plan()), key=KEY)
         scores.append(result.values["wang2018"])
