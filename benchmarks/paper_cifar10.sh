@@ -14,9 +14,9 @@ for r in 0 1 2; do
   distillens distill dc "${common[@]}" --set init=real --set steps=4 --to "sets/dc-$r"
 done
 given=$(printf ',sets/%s' {bptt,mtt,dc,dm}-{0,1,2})
-exec distillens study --preset wddl --analyses behaviour --data parquet:cifar10 --distilled "${given:1}" --to study \
+exec distillens study --preset wddl --precision bfloat16 --analyses behaviour --data parquet:cifar10 --distilled "${given:1}" --to study \
   --set "recognition.judges=convnet(width=4),convnet(width=32),resnet18(width=16 norm=batch),resnet34(width=16 norm=batch)" \
   --set recognition.recipe.steps=400 \
   --set feature_map.net=resnet18 --set feature_map.net.width=16 --set feature_map.net.norm=batch \
   --set feature_map.recipe.steps=400 \
-  --set mixing.net.width=32 --set accuracy.net.width=32 --set herding.net.width=32 --set herding.recipe.steps=300
+  --set mixing.net.width=32 --set mixing.recipe.batch=256 --set accuracy.net.width=32 --set herding.net.width=32 --set herding.recipe.steps=300
