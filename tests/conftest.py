@@ -5,12 +5,22 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 import distillens
-from distillens.core.dataset import Splits
+from distillens.core.dataset import Dataset, Splits
+from distillens.core.labels import Hard
 from distillens.core.rng import Key
+from distillens.core.space import Pixel
 from distillens.data.planted import planted as make_planted
 from distillens.engine.workers import pinned_threads
+
+
+@pytest.fixture(scope="session")
+def like_cifar() -> Dataset:
+    """Black images of CIFAR-10's shape, 300 a class: what settings are chosen by."""
+    labels = Hard(torch.arange(10).repeat(300))
+    return Dataset(torch.zeros(3000, 3, 32, 32), labels, tuple("0123456789"), Pixel())
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,7 +13,7 @@ from distillens.analyses.behaviour.accuracy import PAPER, Accuracy, AccuracyResu
 from distillens.core.artefact import DistilledDataset
 from distillens.core.checks import UserError
 from distillens.core.contracts import Problem, Sets
-from distillens.core.dataset import Splits
+from distillens.core.dataset import Dataset, Splits
 from distillens.core.labels import Hard, Logits
 from distillens.core.recipe import Recipe
 from distillens.core.result import Claim, Result
@@ -104,12 +104,13 @@ def test_an_order_names_each_set_once() -> None:
         Accuracy(order=("dm", "mtt", "dm"))
 
 
-def test_the_papers_protocol_is_the_papers(digits: Splits) -> None:
-    published = Accuracy.as_published(digits.train)
+def test_the_papers_protocol_is_the_papers(digits: Splits, like_cifar: Dataset) -> None:
+    published = Accuracy.as_published(like_cifar)
     assert published.protocol == WDDL
     assert published.protocol.recipe == Recipe(steps=300, lr=0.01, momentum=0.9)
     assert published.net == ConvNet(depth=3, width=128, norm="group", pooling="average")
     assert published.order == ("bptt", "mtt", "dc", "dm", "random_subset")
+    assert Accuracy.as_published(digits.train).net == ConvNet.defaults(digits.train)
 
 
 # ---- what stands beside a figure ----

@@ -282,11 +282,11 @@ def test_the_map_is_made_by_umap_where_it_is_installed(
     assert result.method == "UMAP, 5 neighbours"
 
 
-def test_as_published_looks_at_the_512_features_of_a_resnet(digits: Splits) -> None:
-    analysis = FeatureMap.as_published(digits.train)
+def test_as_published_looks_at_the_512_features_of_a_resnet(like_cifar: Dataset) -> None:
+    analysis = FeatureMap.as_published(like_cifar)
     net = analysis.net
-    params, buffers = net.init(digits.train, KEY)
-    assert net.features(params, buffers, digits.test.images[:2])[0].shape == (2, 512)
+    params, buffers = net.init(like_cifar, KEY)
+    assert net.features(params, buffers, like_cifar.images[:2])[0].shape == (2, 512)
     assert (analysis.neighbours, analysis.shown, analysis.seeds) == (5, 10_000, 1)
 
 

@@ -69,8 +69,8 @@ class Accuracy:
 
     @classmethod
     def as_published(cls, like: Dataset) -> Accuracy:
-        """The paper's protocol, network and order of methods, whatever the images."""
-        return cls(WDDL, ConvNet(depth=3, width=128), PAPER)
+        """The paper's protocol and order of methods; its network is the field's for CIFAR-10's images."""
+        return cls(WDDL, ConvNet.defaults(like), PAPER)
 
     def trainings(self, sets: Sets, real: Splits, *, key: Key) -> list[Training]:
         """One training a set, replicate and candidate, and the full data's."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
@@ -91,7 +91,8 @@ class FeatureMap:
 
         Its network was downloaded and nothing is known of its training: here it is trained as the paper's ConvNet is.
         """
-        return cls(ResNet18(norm="batch"), published(like), seeds=1, shown=10_000)
+        net = replace(ResNet18.defaults(like), norm="batch")
+        return cls(net, published(like), seeds=1, shown=10_000)
 
     def trainings(self, sets: Sets, real: Splits, *, key: Key) -> list[Training]:
         """One population, on all real training data."""

@@ -80,7 +80,7 @@ class Mixing:
     @classmethod
     def as_published(cls, like: Dataset) -> Mixing:
         """The paper's: 300 full-batch steps, one network, and those of its amounts that the data has."""
-        return cls(_at_most(min(map(len, like.by_class))), efforts=())
+        return cls(_at_most(min(map(len, like.by_class))), net=ConvNet.defaults(like), efforts=())
 
     def trainings(self, sets: Sets, real: Splits, *, key: Key) -> list[Training]:
         """One training a set, replicate and amount."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -130,7 +130,7 @@ class Recognition:
         Its residual networks were downloaded and nothing is known of their training: here they are trained as its
         ConvNet is. Its judges saw all training images; here the validation split is left out.
         """
-        return cls(PAPER, published(like), (0.5, 1.0, 1.0, 1.0), seeds=1)
+        return cls(_at_scale(like), published(like), (0.5, 1.0, 1.0, 1.0), seeds=1)
 
     def trainings(self, sets: Sets, real: Splits, *, key: Key) -> list[Training]:
         """One population a judge, on all real training data."""
@@ -171,7 +171,7 @@ class Recognition:
             tuple(name for name, net in known.items() if net is None),
             self.far,
             self.pairs,
-            self.judges == PAPER,
+            tuple(map(type, self.judges)) == tuple(map(type, PAPER)),
             harder,
         )
 
@@ -185,6 +185,13 @@ def _harder(judges: Sequence[Population], data: Dataset, train: Dataset, key: Ke
         noisy = Dataset(data.images + amount * drawn, data.labels, data.classes, data.space)
         found.append(torch.stack([(p.predictions(noisy) == y).double().mean(0) for p in judges]))
     return found
+
+
+def _at_scale(like: Dataset) -> tuple[Net, ...]:
+    """The paper's judges; on images of another size than CIFAR-10's the field's settings for such images."""
+    net = ConvNet.defaults(like)
+    residual = (replace(kind.defaults(like), norm="batch") for kind in (ResNet18, ResNet34))
+    return (ConvNet(net.depth, max(1, net.width // 8)), net, *residual)
 
 
 def _patch(h: int, w: int) -> int:
