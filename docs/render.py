@@ -320,6 +320,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "whitening": whitening_table,
     "tesla": tesla_table,
     "analyses cost": cost_table,
+    "paper digits": lambda: paper_table("paper"),
+    "paper cifar10": lambda: paper_table("paper_cifar10"),
     "trajectories accuracy": lambda: accuracy_table("trajectories"),
     "matching accuracy": lambda: accuracy_table("matching"),
     "coresets accuracy": lambda: accuracy_table("coresets"),
