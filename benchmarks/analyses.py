@@ -2,6 +2,7 @@
 
     python -m benchmarks.analyses                     # writes benchmarks/results/analyses.json
     python -m benchmarks.analyses --only behaviour    # puts new rows in the place of these analyses' old ones
+    python -m benchmarks.analyses --only behaviour/sensitivity --methods 1   # of one method, as a row of its own
 
 Sets as a study has them: four methods, five replicates, 10 images a class, beside random subsets and herding. Real subsets
 stand in the methods' places: what an analysis costs does not depend on what the images show. Herding is made before the
@@ -30,10 +31,10 @@ RESULT = Path(__file__).parent / "results" / "analyses.json"
 NAMES, REPLICATES, IPC = ("bptt", "mtt", "dc", "dm"), 5, 10
 
 
-def stand_ins(real: Any, runs: Any) -> Sets:
+def stand_ins(real: Any, runs: Any, methods: int) -> Sets:
     """Real subsets under the methods' names, with their baselines."""
     made = {}
-    for i, name in enumerate(NAMES):
+    for i, name in enumerate(NAMES[:methods]):
         orders = [
             pipeline.order("random_subset", real, IPC, seed=100 + i, replicate=r) for r in range(REPLICATES)
         ]
@@ -44,7 +45,7 @@ def stand_ins(real: Any, runs: Any) -> Sets:
     return pipeline.with_baselines(Sets(made), real, runs)
 
 
-def main(only: str) -> None:
+def main(only: str, methods: int) -> None:
     settle_process()
     real, key = load("digits"), Key(0, ("analyses",))
     old = json.loads(RESULT.read_text())["rows"] if RESULT.is_file() else []
@@ -52,7 +53,7 @@ def main(only: str) -> None:
     names = pipeline.analyses_of(only) if only else analyses.room.names()
     for name in names:
         with tempfile.TemporaryDirectory() as folder, session(real, Path(folder) / "store") as runs:
-            sets = stand_ins(real, runs)
+            sets = stand_ins(real, runs, methods)
             runs.engine.map(len, [("warm",)] * runs.engine.workers)
             before = sum(runs.trained.values())
             question: Any = analyses.room.find(name).defaults(real.train)
@@ -61,14 +62,15 @@ def main(only: str) -> None:
             answered = time.perf_counter()
             result.save(Path(folder) / "results")
             saved = time.perf_counter()
-            rows[name] = {
-                "name": name,
+            label = name if methods == len(NAMES) else f"{name}, one method"
+            rows[label] = {
+                "name": label,
                 "models": sum(runs.trained.values()) - before,
                 "seconds": answered - begun,
                 "saving": saved - answered,
                 "environment": environment(),
             }
-        print(json.dumps({k: v for k, v in rows[name].items() if k != "environment"}), flush=True)
+        print(json.dumps({k: v for k, v in rows[label].items() if k != "environment"}), flush=True)
         write_json(RESULT, {"rows": [rows[each] for each in sorted(rows)]})
 
 
@@ -77,4 +79,6 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default="")
-    main(parser.parse_args().only)
+    parser.add_argument("--methods", type=int, choices=(1, len(NAMES)), default=len(NAMES))
+    asked = parser.parse_args()
+    main(asked.only, asked.methods)
