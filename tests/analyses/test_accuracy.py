@@ -12,19 +12,19 @@ import torch
 from distillens.analyses.behaviour.accuracy import PAPER, Accuracy, AccuracyResult
 from distillens.core.artefact import DistilledDataset
 from distillens.core.checks import UserError
-from distillens.core.contracts import Problem, Sets
+from distillens.core.contracts import Sets
 from distillens.core.dataset import Dataset, Splits
 from distillens.core.labels import Hard, Logits
 from distillens.core.recipe import Recipe
 from distillens.core.result import Claim, Result
 from distillens.core.rng import Key
 from distillens.core.storage import read_tensors
-from distillens.distillers.random_subset import RandomSubset
 from distillens.engine.plan import Plan
 from distillens.evaluation.protocol import NEUTRAL, WDDL, Protocol
 from distillens.nets.convnet import ConvNet
 from distillens.runs import Runs
 from distillens.train import networks, on
+from tests.analyses.by_hand import subsets_at
 
 DRAWS, ALARMS, REPLICATES = 1000, 70, 5
 KEY = Key(20261125, ("accuracy",))
@@ -38,8 +38,7 @@ def runs() -> Runs:
 
 
 def subsets(real: Splits, name: str, count: int = REPLICATES) -> tuple[DistilledDataset, ...]:
-    problems = [Problem(real.train, 1, KEY.fold(name, r)) for r in range(count)]
-    return tuple(RandomSubset().finish(problem, RandomSubset().start(problem)) for problem in problems)
+    return subsets_at(KEY.fold(name), real, count, 1)
 
 
 def shuffled(sets: tuple[DistilledDataset, ...]) -> tuple[DistilledDataset, ...]:

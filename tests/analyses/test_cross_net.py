@@ -18,7 +18,7 @@ from distillens.analyses.behaviour.cross_net import FULL, CrossNet, CrossNetResu
 from distillens.core.artefact import DistilledDataset, Provenance
 from distillens.core.checks import UserError
 from distillens.core.config import describe
-from distillens.core.contracts import Net, Problem, Sets
+from distillens.core.contracts import Net, Sets
 from distillens.core.dataset import Dataset, Splits
 from distillens.core.labels import Hard
 from distillens.core.recipe import Recipe
@@ -30,6 +30,7 @@ from distillens.nets.convnet import ConvNet
 from distillens.nets.lenet import LeNet
 from distillens.nets.mlp import MLP
 from distillens.runs import Runs
+from tests.analyses.by_hand import subsets_at
 
 DRAWS, ALARMS, REPLICATES = 1000, 70, 5
 SEED = Key(20251126)
@@ -39,9 +40,7 @@ SMALL, LINES = ConvNet(2, 8), MLP(1, 32)
 
 
 def subsets(real: Splits, name: str, count: int, ipc: int = 1) -> tuple[DistilledDataset, ...]:
-    method = pipeline.distillers.room.find("random_subset").defaults(real.train, ipc)
-    problems = [Problem(real.train, ipc, KEY.fold(name, r)) for r in range(count)]
-    return tuple(method.finish(problem, method.start(problem)) for problem in problems)
+    return subsets_at(KEY.fold(name), real, count, ipc)
 
 
 def made_on(net: Net, one: DistilledDataset) -> DistilledDataset:

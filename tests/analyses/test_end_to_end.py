@@ -13,7 +13,7 @@ from distillens.analyses.behaviour.mixing import Mixing
 from distillens.analyses.pointwise.leave_one_out import LeaveOneOut
 from distillens.analyses.representativeness.early_agreement import EarlyAgreement
 from distillens.core.artefact import DistilledDataset
-from distillens.core.contracts import Problem, Sets
+from distillens.core.contracts import Sets
 from distillens.core.dataset import Dataset, Splits
 from distillens.core.labels import Hard
 from distillens.core.recipe import Recipe
@@ -23,6 +23,7 @@ from distillens.engine.plan import Plan
 from distillens.evaluation.protocol import NEUTRAL, Protocol
 from distillens.nets.convnet import ConvNet
 from distillens.runs import Runs
+from tests.analyses.by_hand import class_means, subset, subsets_at
 
 KEY = Key(99, ("end to end",))
 SHORT = Recipe(steps=60, lr=0.03)
@@ -34,19 +35,8 @@ def runs() -> Runs:
     return Runs(Plan())
 
 
-def subset(real: Splits, key: Key, ipc: int = 1) -> DistilledDataset:
-    method = pipeline.distillers.room.find("random_subset").defaults(real.train, ipc)
-    problem = Problem(real.train, ipc, key)
-    return method.finish(problem, method.start(problem))
-
-
 def subsets(real: Splits, name: str, count: int = 3, ipc: int = 1) -> tuple[DistilledDataset, ...]:
-    return tuple(subset(real, KEY.fold(name, r), ipc) for r in range(count))
-
-
-def class_means(real: Splits) -> DistilledDataset:
-    images = torch.stack([real.train.images[members].mean(0) for members in real.train.by_class])
-    return DistilledDataset({"images": images}, Hard(torch.arange(10)), real.train.classes, real.space)
+    return subsets_at(KEY.fold(name), real, count, ipc)
 
 
 def claims(result: Result) -> dict[tuple[str, str], str]:

@@ -22,18 +22,18 @@ from distillens.analyses.behaviour.fairness import (
 )
 from distillens.core.artefact import DistilledDataset
 from distillens.core.checks import UserError
-from distillens.core.contracts import Problem, Sets
+from distillens.core.contracts import Sets
 from distillens.core.dataset import Splits
 from distillens.core.labels import Hard, Probabilities, Targets
 from distillens.core.recipe import Recipe
 from distillens.core.result import NETWORK, Claim
 from distillens.core.rng import Key
 from distillens.core.storage import read_tensors
-from distillens.distillers.random_subset import RandomSubset
 from distillens.engine.plan import Plan
 from distillens.evaluation.protocol import Protocol
 from distillens.nets.convnet import ConvNet
 from distillens.runs import Runs
+from tests.analyses.by_hand import subsets_at
 
 KEY = Key(613, ("fairness",))
 DRAWS, ALARMS, REPLICATES = 1000, 70, 5
@@ -54,9 +54,7 @@ def runs() -> Runs:
 
 
 def subsets(real: Splits, name: str, count: int = REPLICATES, ipc: int = 5) -> tuple[DistilledDataset, ...]:
-    method = RandomSubset()
-    problems = [Problem(real.train, ipc, KEY.fold(name, r)) for r in range(count)]
-    return tuple(method.finish(problem, method.start(problem)) for problem in problems)
+    return subsets_at(KEY.fold(name), real, count, ipc)
 
 
 def verdicts(claims: tuple[Claim, ...], name: str) -> dict[str, str]:

@@ -17,19 +17,19 @@ from distillens.analyses.behaviour._judges import SEEN, UNSEEN, chance
 from distillens.analyses.behaviour.feature_map import OFF, REAL, FeatureMap, FeatureMapResult
 from distillens.core.artefact import DistilledDataset
 from distillens.core.checks import UserError
-from distillens.core.contracts import Problem, Sets
+from distillens.core.contracts import Sets
 from distillens.core.dataset import Dataset, Splits
 from distillens.core.labels import Hard
 from distillens.core.recipe import Recipe
 from distillens.core.result import Claim
 from distillens.core.rng import Key
 from distillens.core.storage import read_tensors
-from distillens.distillers.random_subset import RandomSubset
 from distillens.engine.plan import Plan
 from distillens.nets.convnet import ConvNet
 from distillens.nets.mlp import MLP
 from distillens.nets.resnet18 import ResNet18
 from distillens.runs import Runs
+from tests.analyses.by_hand import subsets_at
 
 DRAWS, ALARMS, REPLICATES = 1000, 70, 5
 SEED = Key(20251125, ("feature map",))
@@ -51,8 +51,7 @@ def bank() -> dict[str, torch.Tensor]:
 
 
 def subsets(real: Splits, name: str, count: int, ipc: int = 1) -> tuple[DistilledDataset, ...]:
-    problems = [Problem(real.train, ipc, KEY.fold(name, r)) for r in range(count)]
-    return tuple(RandomSubset().finish(one, RandomSubset().start(one)) for one in problems)
+    return subsets_at(KEY.fold(name), real, count, ipc)
 
 
 def of_images(data: Dataset, at: torch.Tensor) -> DistilledDataset:

@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from distillens import pipeline
 from distillens.analyses.behaviour._lengths import lengths
 from distillens.analyses.behaviour.accuracy import Accuracy
 from distillens.analyses.behaviour.mixing import Mixing, MixingResult
 from distillens.core.artefact import DistilledDataset, Order
 from distillens.core.checks import UserError
-from distillens.core.contracts import Problem, Sets
+from distillens.core.contracts import Sets
 from distillens.core.dataset import Dataset, Splits
 from distillens.core.labels import Hard, Labels, Logits, Targets, Teacher
 from distillens.core.recipe import Recipe
@@ -29,6 +28,7 @@ from distillens.evaluation.protocol import Protocol
 from distillens.nets.convnet import ConvNet
 from distillens.runs import Runs
 from distillens.train import Training, networks, on, train
+from tests.analyses.by_hand import class_means, subset, subsets_at
 
 KEY = Key(99, ("end to end",))
 SHORT = Recipe(steps=60, lr=0.03)
@@ -55,19 +55,8 @@ def pairs(digits: Splits) -> dict[str, torch.Tensor]:
     return {name: values.double() / len(digits.test) for name, values in counts.items()}
 
 
-def subset(real: Splits, key: Key, ipc: int = 1) -> DistilledDataset:
-    method = pipeline.distillers.room.find("random_subset").defaults(real.train, ipc)
-    problem = Problem(real.train, ipc, key)
-    return method.finish(problem, method.start(problem))
-
-
 def subsets(real: Splits, name: str, count: int = 3, ipc: int = 1) -> tuple[DistilledDataset, ...]:
-    return tuple(subset(real, KEY.fold(name, r), ipc) for r in range(count))
-
-
-def class_means(real: Splits) -> DistilledDataset:
-    images = torch.stack([real.train.images[members].mean(0) for members in real.train.by_class])
-    return DistilledDataset({"images": images}, Hard(torch.arange(10)), real.train.classes, real.space)
+    return subsets_at(KEY.fold(name), real, count, ipc)
 
 
 def verdicts(result: Result) -> dict[tuple[str, str], str]:

@@ -25,16 +25,16 @@ from distillens.analyses.behaviour.pixels import (
 )
 from distillens.core.artefact import DistilledDataset
 from distillens.core.checks import UserError
-from distillens.core.contracts import Problem, Sets
+from distillens.core.contracts import Sets
 from distillens.core.dataset import Dataset, Splits
 from distillens.core.labels import Hard
 from distillens.core.result import Claim
 from distillens.core.rng import Key
 from distillens.core.space import Pixel
 from distillens.core.storage import read_tensors
-from distillens.distillers.random_subset import RandomSubset
 from distillens.engine.plan import Plan
 from distillens.runs import Runs
+from tests.analyses.by_hand import subsets_at
 
 KEY = Key(612, ("pixels",))
 DRAWS, ALARMS, REPLICATES = 1000, 70, 5
@@ -46,9 +46,7 @@ def bank() -> dict[str, torch.Tensor]:
 
 
 def subsets(real: Splits, name: str, count: int = REPLICATES, ipc: int = 10) -> tuple[DistilledDataset, ...]:
-    method = RandomSubset()
-    problems = [Problem(real.train, ipc, KEY.fold(name, r)) for r in range(count)]
-    return tuple(method.finish(problem, method.start(problem)) for problem in problems)
+    return subsets_at(KEY.fold(name), real, count, ipc)
 
 
 def in_pixels(sets: tuple[DistilledDataset, ...], change: object) -> tuple[DistilledDataset, ...]:

@@ -15,7 +15,7 @@ from distillens import pipeline
 from distillens.analyses.behaviour.ranking import Ranking, RankingResult, score
 from distillens.core.artefact import DistilledDataset
 from distillens.core.checks import UserError
-from distillens.core.contracts import Problem, Sets
+from distillens.core.contracts import Sets
 from distillens.core.dataset import Dataset, Splits
 from distillens.core.labels import Hard, Logits
 from distillens.core.recipe import Recipe
@@ -25,6 +25,7 @@ from distillens.core.storage import read_tensors
 from distillens.engine.plan import Plan
 from distillens.nets.convnet import ConvNet
 from distillens.runs import Runs
+from tests.analyses.by_hand import class_means, subsets_at
 
 DRAWS, ALARMS, REPLICATES = 1000, 70, 5
 SEED = Key(20251125)
@@ -66,14 +67,7 @@ def result(
 
 
 def subsets(real: Splits, name: str, count: int, ipc: int = 1) -> tuple[DistilledDataset, ...]:
-    method = pipeline.distillers.room.find("random_subset").defaults(real.train, ipc)
-    problems = [Problem(real.train, ipc, KEY.fold(name, r)) for r in range(count)]
-    return tuple(method.finish(problem, method.start(problem)) for problem in problems)
-
-
-def class_means(real: Splits) -> DistilledDataset:
-    images = torch.stack([real.train.images[members].mean(0) for members in real.train.by_class])
-    return DistilledDataset({"images": images}, Hard(torch.arange(10)), real.train.classes, real.space)
+    return subsets_at(KEY.fold(name), real, count, ipc)
 
 
 # ---- the formulas ----

@@ -17,14 +17,13 @@ from distillens.analyses.behaviour.recognition import PAPER, Recognition, Recogn
 from distillens.core.artefact import DistilledDataset, Provenance
 from distillens.core.checks import UserError
 from distillens.core.config import describe
-from distillens.core.contracts import Net, Problem, Sets
+from distillens.core.contracts import Net, Sets
 from distillens.core.dataset import Dataset, Splits
 from distillens.core.labels import Hard
 from distillens.core.recipe import Recipe
 from distillens.core.result import Claim
 from distillens.core.rng import Key
 from distillens.core.storage import read_tensors
-from distillens.distillers.random_subset import RandomSubset
 from distillens.engine.plan import Plan
 from distillens.nets.convnet import ConvNet
 from distillens.nets.lenet import LeNet
@@ -32,6 +31,7 @@ from distillens.nets.mlp import MLP
 from distillens.nets.vit import ViT
 from distillens.runs import Runs
 from distillens.train import Population
+from tests.analyses.by_hand import class_means, subsets_at
 
 DRAWS, ALARMS, REPLICATES = 1000, 70, 5
 SEED = Key(20251125, ("recognition",))
@@ -52,13 +52,7 @@ def runs() -> Runs:
 
 
 def subsets(real: Splits, name: str, count: int, ipc: int = 1) -> tuple[DistilledDataset, ...]:
-    problems = [Problem(real.train, ipc, KEY.fold(name, r)) for r in range(count)]
-    return tuple(RandomSubset().finish(one, RandomSubset().start(one)) for one in problems)
-
-
-def class_means(real: Splits) -> DistilledDataset:
-    images = torch.stack([real.train.images[members].mean(0) for members in real.train.by_class])
-    return DistilledDataset({"images": images}, Hard(torch.arange(10)), real.train.classes, real.space)
+    return subsets_at(KEY.fold(name), real, count, ipc)
 
 
 def supported(claims: list[Claim]) -> int:

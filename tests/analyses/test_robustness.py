@@ -15,19 +15,19 @@ from distillens.analyses.behaviour.accuracy import Accuracy
 from distillens.analyses.behaviour.robustness import Robustness, RobustnessResult, _lost
 from distillens.core.artefact import DistilledDataset
 from distillens.core.checks import UserError
-from distillens.core.contracts import Problem, Sets
+from distillens.core.contracts import Sets
 from distillens.core.dataset import Dataset, Splits
 from distillens.core.recipe import Recipe
 from distillens.core.result import NETWORK
 from distillens.core.rng import Key
 from distillens.core.storage import read_tensors
 from distillens.corruptions import corrupt
-from distillens.distillers.random_subset import RandomSubset
 from distillens.engine.plan import Plan
 from distillens.evaluation.protocol import Protocol
 from distillens.nets.convnet import ConvNet
 from distillens.runs import Runs
 from distillens.train import networks, on
+from tests.analyses.by_hand import subsets_at
 
 KEY = Key(614, ("robustness",))
 DRAWS, ALARMS, REPLICATES = 1000, 70, 5
@@ -47,9 +47,7 @@ def runs() -> Runs:
 
 
 def subsets(real: Splits, name: str, count: int = REPLICATES, ipc: int = 5) -> tuple[DistilledDataset, ...]:
-    method = RandomSubset()
-    problems = [Problem(real.train, ipc, KEY.fold(name, r)) for r in range(count)]
-    return tuple(method.finish(problem, method.start(problem)) for problem in problems)
+    return subsets_at(KEY.fold(name), real, count, ipc)
 
 
 # --- the figures -------------------------------------------------------------------------------------------------

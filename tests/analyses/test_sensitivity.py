@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-from distillens import pipeline
 from distillens.analyses.behaviour.accuracy import Accuracy
 from distillens.analyses.behaviour.mixing import Mixing
 from distillens.analyses.behaviour.sensitivity import (
@@ -27,7 +26,7 @@ from distillens.analyses.behaviour.sensitivity import (
 from distillens.core.artefact import DistilledDataset, Order
 from distillens.core.checks import UserError
 from distillens.core.config import override
-from distillens.core.contracts import Problem, Sets
+from distillens.core.contracts import Sets
 from distillens.core.dataset import Dataset, Splits
 from distillens.core.labels import Hard, Labels, Logits, Probabilities, Targets, Teacher
 from distillens.core.recipe import Recipe
@@ -41,6 +40,7 @@ from distillens.nets.lenet import LeNet
 from distillens.nets.mlp import MLP
 from distillens.runs import Runs
 from distillens.train import Training, networks, train
+from tests.analyses.by_hand import subsets_at
 
 KEY = Key(98, ("sensitivity",))
 SEED = Key(20261125)
@@ -51,9 +51,7 @@ DRAWS, ALARMS, REPLICATES = 1000, 70, 5
 
 
 def subsets(real: Splits, name: str, count: int = 2, ipc: int = 1) -> tuple[DistilledDataset, ...]:
-    method = pipeline.distillers.room.find("random_subset").defaults(real.train, ipc)
-    problems = [Problem(real.train, ipc, KEY.fold(name, r)) for r in range(count)]
-    return tuple(method.finish(problem, method.start(problem)) for problem in problems)
+    return subsets_at(KEY.fold(name), real, count, ipc)
 
 
 def class_means(real: Splits, labels: Labels, scale: float = 1.0) -> DistilledDataset:

@@ -112,7 +112,7 @@ class Sensitivity:
     def __post_init__(self) -> None:
         at_least(1, "sensitivity", nets=self.nets, full=self.full)
         positive("sensitivity", smallest_effect=self.smallest_effect)
-        known = (*_RECIPE, *(each.name for each in fields(self.net)), "width", "depth", "labels")  # type: ignore[arg-type]
+        known = (*_RECIPE, *(each.name for each in fields(self.net)), "width", "depth", "labels")  # type: ignore[arg-type]  # every network is a dataclass
         for factor, level in self.levels:
             if factor not in known:
                 raise unknown("factor", factor, known)
