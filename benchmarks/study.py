@@ -33,6 +33,7 @@ STUDIES: dict[str, tuple[str, dict[str, Any]]] = {
     "paper": ("digits", {"preset": "wddl", "replicates": 5, "only": ("behaviour",)}),
     "coresets": ("digits", {"methods": ("k_center", "k_means", "el2n", "grand", "forgetting")}),
 }
+ACCURACY = "behaviour/accuracy"
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -47,7 +48,8 @@ def collect(folder: Path) -> dict[str, Any]:
             path.parent.name.removeprefix("ipc"), {"tables": {}, "claims": [], "headline": {}}
         )
         size["headline"][saved["analysis"]] = saved["headline"]
-        size["tables"][saved["analysis"]] = saved["tables"]
+        if saved["analysis"] == ACCURACY:  # the other tables are in the study's report
+            size["tables"][ACCURACY] = saved["tables"]
         kept = (
             "name",
             "subject",

@@ -37,7 +37,7 @@ def accuracy_table(name: str) -> str:
     for ipc, size in saved["sizes"].items():
         table = size["tables"]["behaviour/accuracy"][0]
         for row in table["rows"]:
-            label, accuracy, gain, start, _ = row
+            label, accuracy, gain, start, *_ = row
             cells = [_estimate(accuracy)]
             cells += [_estimate(x, sign=True) if isinstance(x, dict) else "" for x in (gain, start)]
             lines.append(f"| {label} | {ipc} | {' | '.join(cells)} |")
