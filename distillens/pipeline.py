@@ -33,7 +33,7 @@ from distillens.experts import Experts, Trajectories
 from distillens.folders import claim, remove
 from distillens.forecast import check_fits, outlook
 from distillens.nets import named
-from distillens.presets import PRESETS
+from distillens.presets import BASELINES, PRESETS
 from distillens.report import write
 from distillens.runs import Runs
 from distillens.sessions import check_device, chosen_plan, recorded_plan, session
@@ -371,7 +371,7 @@ def with_baselines(sets: Sets, real: Splits, runs: Runs, *, seed: int = 0, tell:
     ipc = max(1, round(first[0].ipc))
     replicates = max(map(len, sets.distilled.values()))
     baselines = {}
-    for name in ("random_subset", "herding"):
+    for name in BASELINES:
         orders = [order(name, real, ipc, seed=seed, replicate=r) for r in range(replicates)]
         inputs = inputs_of(orders, real, runs, tell)
         baselines[name] = tuple(

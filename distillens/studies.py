@@ -25,7 +25,7 @@ from distillens.evaluation.trials import teacher
 from distillens.experts import Experts
 from distillens.folders import claim
 from distillens.given import Given, bring
-from distillens.paper import ORDER, PAIRS, beside
+from distillens.paper import ORDER, beside
 from distillens.pipeline import (
     Made,
     Order,
@@ -144,9 +144,7 @@ class Study:
                 changes["protocol"] = replace(changes["protocol"], nets=NETS_OF_ONE)
             if "nets" in settings_of(analysis):
                 changes["nets"] = NETS_OF_ONE
-        if self.preset.published:
-            changes |= {"pairs": PAIRS} if hasattr(analysis, "pairs") else {}
-        elif name == "pointwise/leave_one_out":
+        if name == "pointwise/leave_one_out" and not self.preset.published:
             whole = self.preset.whole is None or ipc in self.preset.whole
             changes |= {"inits": self.preset.inits, "only": () if whole else self.subjects[:1]}
         return replace(analysis, **changes)

@@ -19,6 +19,10 @@ from distillens.core.rng import Key
 from distillens.core.space import Space, same_space
 from distillens.core.storage import read_tensors, write_tensors
 
+# Names of what stands beside distilled sets.
+RANDOM = "random_subset"
+FULL = "full data"
+
 Params = dict[str, torch.Tensor]
 Buffers = dict[str, torch.Tensor]
 Mode = Literal["train", "evaluate"]
@@ -210,7 +214,7 @@ class Sets:
     @property
     def random(self) -> tuple[DistilledDataset, ...]:
         """The random real subsets; empty where there are none."""
-        return self.baselines.get("random_subset", ())
+        return self.baselines.get(RANDOM, ())
 
     def everything(self) -> dict[str, tuple[DistilledDataset, ...]]:
         """Distilled sets, then baselines, by name."""

@@ -12,6 +12,8 @@ from distillens.core.contracts import Net
 from distillens.core.recipe import Recipe
 from distillens.evaluation.teaching import Teaching
 
+# What a study's scale shrinks of a protocol: the same in all analyses that look at its networks, or they would share none.
+SCALES = ("protocol.recipe.steps", "protocol.passes", "protocol.moments", "protocol.steps_by_size")
 Selection = Literal["last", "best_validation", "best_test"]
 Labelling = Literal["own", "hard", "targets"]
 

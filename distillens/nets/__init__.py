@@ -7,9 +7,10 @@ from typing import Any
 from distillens.core.contracts import Like, Net
 from distillens.core.registry import Room
 from distillens.nets._distance import distance, made_with
+from distillens.nets._label import label, labels_of
 from distillens.nets._module import PREFIX, from_module, from_text
 
-__all__ = ["default_net", "distance", "from_module", "made_with", "named", "room"]
+__all__ = ["default_net", "distance", "from_module", "label", "labels_of", "made_with", "named", "room"]
 
 room: Room[type[Net]] = Room("distillens.nets", "network")
 

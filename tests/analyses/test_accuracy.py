@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from distillens.analyses.behaviour.accuracy import PAPER, Accuracy, AccuracyResult
+from distillens.analyses.behaviour.accuracy import Accuracy, AccuracyResult
 from distillens.core.artefact import DistilledDataset
 from distillens.core.checks import UserError
-from distillens.core.contracts import Sets
+from distillens.core.contracts import RANDOM, Sets
 from distillens.core.dataset import Dataset, Splits
 from distillens.core.labels import Hard, Logits
 from distillens.core.recipe import Recipe
@@ -22,6 +22,7 @@ from distillens.core.storage import read_tensors
 from distillens.engine.plan import Plan
 from distillens.evaluation.protocol import NEUTRAL, WDDL, Protocol
 from distillens.nets.convnet import ConvNet
+from distillens.paper import ORDER
 from distillens.runs import Runs
 from distillens.train import networks, on
 from tests.analyses.by_hand import subsets_at
@@ -87,7 +88,7 @@ def test_an_order_passes_over_names_that_are_not_there(digits: Splits, runs: Run
         {name: subsets(digits, name, 2) for name in ("mtt", "dm")},
         {"random_subset": subsets(digits, "base", 2)},
     )
-    result = Accuracy(SHORT, NET, order=PAPER)(sets, digits, runs, key=KEY)
+    result = Accuracy(SHORT, NET, order=(*ORDER, RANDOM))(sets, digits, runs, key=KEY)
     assert result.order == ("mtt", "dm", "random_subset")
     found = ordered(result)
     assert [claim.subject for claim in found] == ["mtt", "dm"]

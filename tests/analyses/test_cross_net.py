@@ -202,7 +202,7 @@ def test_sets_of_several_networks_stand_side_by_side(digits: Splits) -> None:
         {"random_subset": subsets(digits, "base", 2)},
     )
     found = CrossNet((SMALL, LINES), QUICK, (0.01,))(sets, digits, Runs(Plan()), key=KEY)
-    assert found.origins == {"dm": "ConvNet 2-8", "dm on lenet": "LeNet 6", "theirs": "ConvNet 2-8"}
+    assert found.origins == {"dm": "ConvNet w8", "dm on lenet": "LeNet w6", "theirs": "ConvNet w8"}
     assert {name: each.tolist() for name, each in found.distances.items()} == {
         "dm": [[0, 3]] * 2,
         "dm on lenet": [[2, 3]] * 2,
@@ -216,7 +216,7 @@ def test_rates_and_weak_networks_are_judged_on_validation(digits: Splits) -> Non
     sets = Sets({"a": subsets(digits, "a", 2)}, {"random_subset": subsets(digits, "base", 2)})
     analysis = CrossNet((SMALL, MLP(6, 4)), Recipe(steps=20), (1e-4, 0.1))
     honest = analysis(sets, digits, runs, key=KEY)
-    assert honest.weak == ("MLP 6-4",)
+    assert honest.weak == ("MLP w4",)
     mixed = digits.test.labels.hard()[KEY.fold("shuffle").permutation(len(digits.test))]
     shuffled = Dataset(digits.test.images, Hard(mixed), digits.test.classes, digits.space)
     permuted = analysis(sets, Splits(digits.train, digits.val, shuffled), runs, key=KEY)
@@ -247,7 +247,7 @@ def test_what_it_cannot_do_is_told(digits: Splits) -> None:
     ):
         analysis(Sets({"a": subsets(digits, "a", 1)}), digits, Runs(Plan()), key=KEY)
     with pytest.raises(
-        UserError, match="networks must be two or more, all different; got ConvNet 2-8, ConvNet 2-8"
+        UserError, match=r"networks must be two or more, all different; got ConvNet w8 .*, ConvNet w8"
     ):
         replace(analysis, nets=(SMALL, SMALL))
     with pytest.raises(UserError, match="cross_net: margin must be at least 0; got -1"):

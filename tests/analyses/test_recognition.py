@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from distillens.analyses.behaviour._judges import SEEN, TEST, UNSEEN, chance, difference, labels_of
+from distillens.analyses.behaviour._judges import SEEN, TEST, UNSEEN, chance, difference
 from distillens.analyses.behaviour.feature_map import FeatureMap
 from distillens.analyses.behaviour.recognition import PAPER, Recognition, RecognitionResult
 from distillens.core.artefact import DistilledDataset, Provenance
@@ -25,6 +25,7 @@ from distillens.core.result import Claim
 from distillens.core.rng import Key
 from distillens.core.storage import read_tensors
 from distillens.engine.plan import Plan
+from distillens.nets import labels_of
 from distillens.nets.convnet import ConvNet
 from distillens.nets.lenet import LeNet
 from distillens.nets.mlp import MLP

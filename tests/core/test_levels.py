@@ -43,7 +43,7 @@ LEVELS = {
     "distillers": 3,
     "analyses": 3,
     "report": 3,
-    "paper": 3,
+    "paper": 1,
     "presets": 3,
     "pipeline": 4,
     "given": 4,

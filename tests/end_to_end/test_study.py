@@ -170,3 +170,19 @@ def test_the_command_of_a_set_keeps_the_studys_threads(monkeypatch, tmp_path: Pa
     assert plan.Plan.resolve(real.train).threads == 4
     assert all(one["command"].endswith("--precision float32 --threads 1") for one in about["sets"])
     tuning._measured.cache_clear()
+
+
+def test_the_docs_can_be_written_from_a_study(
+    small_study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The committed figures are of older studies: this one is what their next run leaves."""
+    from benchmarks.study import collect
+    from docs import render
+
+    (tmp_path / "small.json").write_text(json.dumps(collect(small_study)))
+    monkeypatch.setattr(render, "RESULTS", tmp_path)
+    table = render.accuracy_table("small")
+    assert table.count("| dm | 1 |") == 1 and "n = 2 replicates" in table
+    claims = render.claims_table("small")
+    assert "| real data hurts | dm | 1 |" in claims
+    assert claims.count("\n") > 10

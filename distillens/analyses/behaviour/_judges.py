@@ -47,24 +47,6 @@ def training(real: Splits, net: Net, recipe: Recipe, seeds: int, key: Key) -> Tr
     return Training(real.train, net, recipe, key.fold("judge").split(seeds))
 
 
-def label(net: Net) -> str:
-    """A network as a reader knows it: ``ResNet-18 w64``."""
-    kind = type(net).__name__
-    family = kind.rstrip("0123456789")
-    named = f"{family}-{kind[len(family) :]}" if family != kind else kind
-    width = getattr(net, "width", None)
-    return named if width is None else f"{named} w{width}"
-
-
-def labels_of(nets: Sequence[Net]) -> tuple[str, ...]:
-    """The names of networks; those that would have the same name show all their settings."""
-    plain = [label(net) for net in nets]
-    return tuple(
-        name if plain.count(name) == 1 else f"{name} ({', '.join(map(str, vars(net).values()))})"
-        for name, net in zip(plain, nets, strict=True)
-    )
-
-
 def shown(sets: Sets, real: Splits, key: Key) -> dict[str, list[Dataset]]:
     """What the judges are asked about, by name and replicate: the sets, a random subset, and unseen real images.
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from distillens.core.contracts import Net, Sets
+from distillens.core.contracts import FULL, Net, Sets
 from distillens.core.dataset import Splits
 from distillens.core.result import NETWORK, REPLICATE, Estimate, paired, units
 from distillens.core.rng import Key
@@ -15,9 +15,6 @@ from distillens.evaluation.teaching import check_labels
 from distillens.evaluation.trials import Judged, choose, longest, of_full, of_sets
 from distillens.runs import Runs
 from distillens.train import Training
-
-FULL = "full data"
-RANDOM = "random_subset"
 
 
 def asked(protocol: Protocol, net: Net, sets: Sets, real: Splits, key: Key) -> list[Training]:

@@ -11,29 +11,21 @@ import torch
 
 from distillens.core.artefact import DistilledDataset
 from distillens.core.checks import UserError
-from distillens.core.contracts import Net, Sets
+from distillens.core.contracts import FULL, RANDOM, Net, Sets
 from distillens.core.dataset import Dataset, Splits
 from distillens.core.palette import colour
 from distillens.core.result import Claim, Estimate, Result, Table, paired, units
 from distillens.core.rng import Key
-from distillens.evaluation.protocol import WDDL, Protocol
+from distillens.evaluation.protocol import SCALES, WDDL, Protocol
 from distillens.evaluation.teaching import check_labels
 from distillens.evaluation.trials import best_on_test, choose, longest, of_full, of_sets, trials
 from distillens.nets.convnet import ConvNet
+from distillens.paper import ORDER
 from distillens.runs import Runs
 from distillens.train import Training, networks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-FULL = "full data"
-PAPER = (
-    "bptt",
-    "mtt",
-    "dc",
-    "dm",
-    "random_subset",
-)  # how the paper finds them at 10 images a class, best first
 
 
 @dataclass(frozen=True)
@@ -47,12 +39,7 @@ class Accuracy:
     """
 
     question: ClassVar[str] = "How well do networks do that were trained on the distilled set alone?"
-    scales: ClassVar[tuple[str, ...]] = (
-        "protocol.recipe.steps",
-        "protocol.passes",
-        "protocol.moments",
-        "protocol.steps_by_size",
-    )
+    scales: ClassVar[tuple[str, ...]] = SCALES
 
     protocol: Protocol = WDDL
     net: Net = field(default_factory=ConvNet)
@@ -70,7 +57,7 @@ class Accuracy:
     @classmethod
     def as_published(cls, like: Dataset) -> Accuracy:
         """The paper's protocol and order of methods; its network is the field's for CIFAR-10's images."""
-        return cls(WDDL, ConvNet.defaults(like), PAPER)
+        return cls(WDDL, ConvNet.defaults(like), (*ORDER, RANDOM))
 
     def trainings(self, sets: Sets, real: Splits, *, key: Key) -> list[Training]:
         """One training a set, replicate and candidate, and the full data's."""
@@ -197,7 +184,7 @@ class AccuracyResult(Result):
         """Each distilled set beats the random subset, and what it started from; each of ``order`` beats the next."""
         claims = []
         for name in self.distilled:
-            against_random = self.contrast(name, "random_subset")
+            against_random = self.contrast(name, RANDOM)
             if against_random is not None:
                 claims.append(
                     Claim(
@@ -248,7 +235,7 @@ class AccuracyResult(Result):
         """Accuracy, gains, storage and images seen of each set; the published selection beside ``last``, if it has one."""
         rows: list[tuple[str | int | Estimate, ...]] = []
         for name in [*self.distilled, *self.baselines]:
-            gain = self.contrast(name, "random_subset") if name != "random_subset" else None
+            gain = self.contrast(name, RANDOM) if name != RANDOM else None
             start = self.contrast(name, _initial(name))
             cost = (self.bits.get(name, ""), self.seen.get(name, ""), self.storage[name])
             rows.append((name, self.estimate(name), gain or "", start or "", *cost))

@@ -12,7 +12,7 @@ import torch
 from distillens import nets
 from distillens.analyses.behaviour._grid import on_grid
 from distillens.core.checks import UserError, at_least
-from distillens.core.contracts import Net, Sets
+from distillens.core.contracts import FULL, RANDOM, Net, Sets
 from distillens.core.dataset import Dataset, Splits
 from distillens.core.palette import colour
 from distillens.core.recipe import Recipe
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-RANDOM = "random_subset"
-FULL = "full data"
 WEAK = 0.5  # a network that gains less of the best possible over chance, on the full data, is called weak
 TRIED = 2  # networks that see the full data, of each kind
 DISTANCES = ("the same", "other width or depth", "also convolutional", "another family")
@@ -78,7 +76,7 @@ class CrossNet:
         if len(self.nets) < 2 or len(set(self.nets)) < len(self.nets):
             raise UserError(
                 "cross_net: networks must be two or more, all different",
-                got=", ".join(map(_name, self.nets)) or "none",
+                got=", ".join(nets.labels_of(self.nets)) or "none",
             )
 
     @classmethod
@@ -115,7 +113,8 @@ class CrossNet:
         values: dict[str, list[torch.Tensor]] = {name: [] for name in (*everything, FULL)}
         chosen: dict[str, list[str]] = {name: [] for name in everything}
         weak = []
-        for net in self.nets:
+        called = nets.labels_of(self.nets)
+        for net, its_name in zip(self.nets, called, strict=True):
             for name, many in self._asked(sets, net, key).items():
                 judged = [choose(grid, runs.get(*each), real) for each in many]
                 values[name].append(torch.stack([one.accuracy(real.test) for one in judged]))
@@ -125,7 +124,7 @@ class CrossNet:
             values[FULL].append(torch.stack([one.accuracy(real.test) for one in full]))
             on_validation = torch.stack([one.accuracy(real.val) for one in full])
             if float(on_validation.mean()) < 1 / real.train.k + WEAK * (1 - 1 / real.train.k):
-                weak.append(_name(net))
+                weak.append(its_name)
         distances, origins = {}, {}
         for name, replicates in sets.distilled.items():
             own = [nets.made_with(one) for one in replicates]
@@ -133,9 +132,9 @@ class CrossNet:
             if len(known) == len(own):
                 rows = [[nets.distance(net, other) for other in self.nets] for net in known]
                 distances[name] = torch.tensor(rows)
-            origins[name] = ", ".join(dict.fromkeys(map(_name, known)))
+            origins[name] = ", ".join(dict.fromkeys(map(nets.label, known)))
         return CrossNetResult(
-            tuple(map(_name, self.nets)),
+            called,
             tuple(sets.distilled),
             tuple(everything),
             origins,
@@ -399,11 +398,6 @@ class CrossNetResult(Result):
         ax.set_ylabel("gain in accuracy over random")
         ax.legend(frameon=False, fontsize=8)
         ax.spines[["top", "right"]].set_visible(False)
-
-
-def _name(net: Net) -> str:
-    settings = "-".join(f"{v}" for v in vars(net).values() if isinstance(v, int))
-    return f"{type(net).__name__} {settings}"
 
 
 def _mean(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from distillens.analyses.behaviour._trained import (
-    FULL,
-    RANDOM,
     asked,
     by_replicate,
     difference,
@@ -18,12 +16,12 @@ from distillens.analyses.behaviour._trained import (
     single,
 )
 from distillens.core.checks import at_least
-from distillens.core.contracts import Net, Sets
+from distillens.core.contracts import FULL, RANDOM, Net, Sets
 from distillens.core.dataset import Dataset, Splits
 from distillens.core.palette import colour
 from distillens.core.result import Claim, Estimate, Result, Table, units
 from distillens.core.rng import Key
-from distillens.evaluation.protocol import WDDL, Protocol
+from distillens.evaluation.protocol import SCALES, WDDL, Protocol
 from distillens.nets.convnet import ConvNet
 from distillens.runs import Runs
 from distillens.train import Training
@@ -47,12 +45,7 @@ class Fairness:
     question: ClassVar[str] = (
         "Do networks that were trained on the set serve all classes, and know what they do not know?"
     )
-    scales: ClassVar[tuple[str, ...]] = (
-        "protocol.recipe.steps",
-        "protocol.passes",
-        "protocol.moments",
-        "protocol.steps_by_size",
-    )
+    scales: ClassVar[tuple[str, ...]] = SCALES
 
     protocol: Protocol = WDDL
     net: Net = field(default_factory=ConvNet)

@@ -19,7 +19,6 @@ from distillens.analyses.behaviour._judges import (
     chance,
     difference,
     features,
-    label,
     of_class,
     published,
     recipe,
@@ -33,6 +32,7 @@ from distillens.core.palette import colour
 from distillens.core.recipe import Recipe
 from distillens.core.result import REPLICATE, Claim, Estimate, Result, Table
 from distillens.core.rng import Key
+from distillens.nets import label
 from distillens.nets.convnet import ConvNet
 from distillens.nets.resnet18 import ResNet18
 from distillens.runs import Runs

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from distillens.analyses.behaviour._lengths import Lengths, after, check_schedule, lengths
 from distillens.core.artefact import DistilledDataset
 from distillens.core.checks import UserError, at_least, positive
-from distillens.core.contracts import Net, Sets
+from distillens.core.contracts import RANDOM, Net, Sets
 from distillens.core.dataset import Dataset, Splits
 from distillens.core.labels import Hard, Labels, Probabilities, Targets
 from distillens.core.palette import colour
@@ -132,7 +132,7 @@ class Mixing:
         """For each set, replicate and amount the trainings, by their count of steps."""
         named = {name: many for name, many in sets.distilled.items() if many[0].order is None}
         if sets.random:
-            named["random_subset"] = sets.random
+            named[RANDOM] = sets.random
         return {
             name: [
                 [
@@ -254,9 +254,9 @@ class MixingResult(Result):
         return Estimate.mean(*units(self._at(curves, name, k) - self._at(curves, name, since)))
 
     def _lead(self, curves: Mapping[str, torch.Tensor], name: str) -> Estimate | None:
-        if "random_subset" not in curves or name == "random_subset":
+        if RANDOM not in curves or name == RANDOM:
             return None
-        own, theirs = (self._at(curves, one, self.largest) for one in (name, "random_subset"))
+        own, theirs = (self._at(curves, one, self.largest) for one in (name, RANDOM))
         pairs = min(len(own), len(theirs))
         return Estimate.mean(*units(own[:pairs] - theirs[:pairs]))
 
@@ -410,7 +410,7 @@ class MixingResult(Result):
             points = [Estimate.mean(*units(self._at(curves, name, k))) for k in amounts]
             places = [x + 0.05 * (i - (len(curves) - 1) / 2) for x in range(len(amounts))]
             values = [p.value for p in points]
-            style = "--" if name == "random_subset" else "-"
+            style = "--" if name == RANDOM else "-"
             ax.plot(places, values, style, marker="o", ms=4, lw=1.5, color=colour(name), label=name)
             if points[0].n > 1:
                 lows = [p.value - p.low for p in points]

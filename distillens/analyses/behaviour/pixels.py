@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from distillens.core.checks import UserError, positive
-from distillens.core.contracts import Sets
+from distillens.core.contracts import RANDOM, Sets
 from distillens.core.dataset import Dataset, Splits
 from distillens.core.palette import colour
 from distillens.core.result import REPLICATE, Claim, Estimate, Result, Table, paired
@@ -178,7 +178,7 @@ class PixelsResult(Result):
 
     def other_spectrum(self, name: str) -> Estimate | None:
         """The spectral distance of a set minus that of the random subset of its size, paired."""
-        shown = [name, *(["random_subset"] if "random_subset" in self.power else [])]
+        shown = [name, *([RANDOM] if RANDOM in self.power else [])]
         return self._beside_random({one: self.spectral_distance(one) for one in shown}, name)
 
     def slope(self, name: str) -> Estimate:
@@ -188,9 +188,9 @@ class PixelsResult(Result):
         return Estimate.mean(((self.power[name].log10() * x).sum(1) / x.square().sum()).tolist(), REPLICATE)
 
     def _beside_random(self, values: Mapping[str, torch.Tensor], name: str) -> Estimate | None:
-        if "random_subset" not in values:
+        if RANDOM not in values:
             return None
-        first, second = values[name], values["random_subset"]
+        first, second = values[name], values[RANDOM]
         pairs = min(len(first), len(second))
         return paired(first[:pairs].tolist(), second[:pairs].tolist(), REPLICATE)
 

@@ -13,7 +13,7 @@ import torch
 from distillens.analyses.behaviour._grid import on_grid
 from distillens.core.artefact import DistilledDataset
 from distillens.core.checks import UserError, at_least
-from distillens.core.contracts import Net, Sets
+from distillens.core.contracts import FULL, RANDOM, Net, Sets
 from distillens.core.dataset import Dataset, Splits
 from distillens.core.palette import colour
 from distillens.core.recipe import Recipe
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-RANDOM = "random_subset"
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 LEVEL = 0.95
 
@@ -325,7 +324,7 @@ class RankingResult(Result):
             )
             many = (self.own, self.hard, self.augmented, self.random, self.random_augmented)
             accuracies.append((name, *(Estimate.mean(*units(each[name])) for each in many)))
-        accuracies.append(("full data", "", Estimate.mean(*units(self.full)), "", "", ""))
+        accuracies.append((FULL, "", Estimate.mean(*units(self.full)), "", "", ""))
         order = tuple(
             (
                 place,

@@ -15,7 +15,6 @@ from distillens.analyses.behaviour._judges import (
     above_chance,
     chance,
     difference,
-    labels_of,
     of_class,
     published,
     recipe,
@@ -29,12 +28,13 @@ from distillens.core.palette import colour
 from distillens.core.recipe import Recipe
 from distillens.core.result import REPLICATE, Claim, Estimate, Result, Table
 from distillens.core.rng import Key
-from distillens.nets import default_net, distance, made_with
+from distillens.nets import default_net, distance, labels_of, made_with
 from distillens.nets.convnet import ConvNet
 from distillens.nets.mlp import MLP
 from distillens.nets.resnet18 import ResNet18
 from distillens.nets.resnet34 import ResNet34
 from distillens.nets.vit import ViT
+from distillens.paper import PAIRS
 from distillens.runs import Runs
 from distillens.train import Population, Training
 
@@ -130,7 +130,7 @@ class Recognition:
         Its residual networks were downloaded and nothing is known of their training: here they are trained as its
         ConvNet is. Its judges saw all training images; here the validation split is left out.
         """
-        return cls(_at_scale(like), published(like), (0.5, 1.0, 1.0, 1.0), seeds=1)
+        return cls(_at_scale(like), published(like), (0.5, 1.0, 1.0, 1.0), seeds=1, pairs=PAIRS)
 
     def trainings(self, sets: Sets, real: Splits, *, key: Key) -> list[Training]:
         """One population a judge, on all real training data."""

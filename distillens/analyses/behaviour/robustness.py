@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from distillens.analyses.behaviour._trained import (
-    FULL,
-    RANDOM,
     asked,
     by_replicate,
     difference,
@@ -19,14 +17,14 @@ from distillens.analyses.behaviour._trained import (
 )
 from distillens.attacks import Logits, fgsm, pgd
 from distillens.core.checks import UserError, at_least, one_of, positive
-from distillens.core.contracts import Net, Sets, logits_of_many
+from distillens.core.contracts import FULL, RANDOM, Net, Sets, logits_of_many
 from distillens.core.dataset import Dataset, Splits
 from distillens.core.palette import colour
 from distillens.core.result import Claim, Estimate, Result, Table, units
 from distillens.core.rng import Key
 from distillens.core.space import Space
 from distillens.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from distillens.evaluation.protocol import WDDL, Protocol
+from distillens.evaluation.protocol import SCALES, WDDL, Protocol
 from distillens.evaluation.trials import Judged
 from distillens.nets.convnet import ConvNet
 from distillens.runs import Runs
@@ -52,13 +50,7 @@ class Robustness:
     """
 
     question: ClassVar[str] = "Are networks that were trained on the set more fragile than others?"
-    scales: ClassVar[tuple[str, ...]] = (
-        "protocol.recipe.steps",
-        "protocol.passes",
-        "protocol.moments",
-        "protocol.steps_by_size",
-        "attacked",
-    )
+    scales: ClassVar[tuple[str, ...]] = (*SCALES, "attacked")
 
     protocol: Protocol = WDDL
     net: Net = field(default_factory=ConvNet)

@@ -16,7 +16,7 @@ from distillens.analyses.behaviour._lengths import after, check_schedule, length
 from distillens.core.artefact import DistilledDataset
 from distillens.core.checks import UserError, at_least, one_of, positive, unknown
 from distillens.core.config import override
-from distillens.core.contracts import Net, Sets
+from distillens.core.contracts import FULL, RANDOM, Net, Sets
 from distillens.core.dataset import Dataset, Splits
 from distillens.core.labels import Hard, Labels, Probabilities, Targets
 from distillens.core.palette import colour
@@ -30,8 +30,6 @@ from distillens.train import Training, networks
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-RANDOM = "random_subset"
-FULL = "full data"
 SMOOTHING = 0.1  # how much of each label is spread over all classes (Szegedy et al. 2016)
 LABELS = ("hard", "smoothed")
 FULL_BATCH = 256  # full batches of a whole dataset are nobody's practice
