@@ -101,6 +101,9 @@ def test_calibration_error_in_closed_form() -> None:
     assert float(likelihood(sure, labels)) == pytest.approx(-0.6 * np.log(0.9) - 0.4 * np.log(0.1))
     level = torch.tensor([0.6, 0.4], dtype=torch.float64).log().expand(1, 10, 2)
     assert float(expected_error(reliability(level, labels, 15))) == pytest.approx(0.0)
+    # As many too sure by 0.3 as too unsure by 0.3: errors of two bins do not make up for each other.
+    both, known = torch.cat([sure, level], 1), torch.cat([labels, torch.tensor([0] * 9 + [1])])
+    assert float(expected_error(reliability(both, known, 15))) == pytest.approx(0.3)
 
 
 def test_likelihood_score_and_class_accuracy_are_scikit_learns() -> None:
