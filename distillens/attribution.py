@@ -24,7 +24,7 @@ def mean_gradient(
     leaf = flat.detach().requires_grad_()
     size = max(1, TOGETHER // data.images[0].numel())
     total = torch.zeros_like(flat)
-    for index in torch.arange(len(data), device=data.device).split(size):
+    for index in torch.split(torch.arange(len(data), device=data.device), size):
         logits, _ = net.logits(shapes.unflatten(leaf), buffers or {}, data.images[index].to(flat))
         loss = data.labels.take(index).loss(logits).sum() / len(data)
         (gradient,) = torch.autograd.grad(loss, leaf)
@@ -45,6 +45,7 @@ def example_gradients(
         return data.labels.take(index[None]).loss(logits).sum()
 
     images = data.images
+    order = torch.arange(len(data), device=data.device)
     one_by_one = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))
-    for index in torch.arange(len(data), device=data.device).split(max(1, NUMBERS // shapes.size)):
+    for index in torch.split(order, max(1, NUMBERS // shapes.size)):
         yield one_by_one(flat.detach(), index)
