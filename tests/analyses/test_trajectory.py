@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -48,10 +50,10 @@ def test_moments_go_from_the_start_to_the_end(steps: int, about: int) -> None:
 
 def test_moments_are_dense_early() -> None:
     moments = moments_of(300, 48)
-    gaps = [b - a for a, b in zip(moments, moments[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(moments)]
     assert len(moments) >= 40 and gaps[:4] == [1, 1, 1, 1]
     # Rounding aside each gap is at least the one before.
-    assert all(b >= a - 1 for a, b in zip(gaps, gaps[1:], strict=False))
+    assert all(b >= a - 1 for a, b in itertools.pairwise(gaps))
     # Half of them lie before the 42nd update: (1 + 300/8)^(1/2) = 6.2 times 8, less 8.
     assert moments[len(moments) // 2] == pytest.approx(42, abs=8)
 
