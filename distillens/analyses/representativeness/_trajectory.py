@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from distillens.core.contracts import Sets
+from distillens.core.checks import UserError
+from distillens.core.contracts import Net, Sets
 from distillens.core.dataset import Dataset, Splits
 from distillens.core.recipe import Recipe
 from distillens.core.rng import Key
@@ -68,3 +69,19 @@ def by_replicate(population: Population, sets: Sets) -> list[Population]:
     count = replicates(sets)
     each = len(population) // count
     return [population.taken(torch.arange(r * each, (r + 1) * each)) for r in range(count)]
+
+
+def check_remembers_nothing(owner: str, net: Net, real: Splits) -> None:
+    """Refuse a network that remembers running statistics: snapshots hold parameters, so those of a moment are unknown.
+
+    Raises:
+        UserError: the network has buffers.
+    """
+    _, buffers = net.init(real.train, Key(0))
+    if buffers:
+        raise UserError(
+            f"{owner}: the running statistics of a network at a moment of its training are not kept",
+            got=f"{type(net).__name__} with {', '.join(sorted(buffers))}",
+            expected="a network that remembers nothing between steps",
+            fix="choose net.norm=group",
+        )
