@@ -22,17 +22,15 @@ from distillens.analyses.representativeness.gradients import (
     layers_of,
     products,
     rows,
-    shown,
 )
 from distillens.core.artefact import DistilledDataset
 from distillens.core.checks import UserError
 from distillens.core.contracts import RANDOM, Sets
-from distillens.core.dataset import Dataset, Splits
-from distillens.core.labels import Hard, Probabilities, Teacher
+from distillens.core.dataset import Splits
+from distillens.core.labels import Hard, Probabilities
 from distillens.core.recipe import Recipe
 from distillens.core.result import NETWORK, REPLICATE
 from distillens.core.rng import Key
-from distillens.core.space import Pixel
 from distillens.core.storage import read_tensors
 from distillens.core.vector import Shapes
 from distillens.engine.plan import Plan
@@ -189,17 +187,6 @@ def result_of(
     return GradientsResult(distilled, moments, (WHOLE,), sizes, bounds, values, (), checked, phases)
 
 
-def test_the_labels_of_a_teacher_are_the_mean_of_its_views() -> None:
-    views = KEY.fold("views").normal(3, 4, 2)
-    data = Dataset(torch.zeros(4, 1, 8, 8), Teacher("t", views, 0, 2.0), ("a", "b"), Pixel())
-    labels = shown(data).labels
-    assert isinstance(labels, Probabilities)
-    slow = sum(F.softmax(view / 2, 1) for view in views) / 3
-    torch.testing.assert_close(labels.values, slow)
-    hard = Dataset(data.images, Hard(torch.zeros(4, dtype=torch.int64)), ("a", "b"), data.space)
-    assert shown(hard) is hard
-
-
 # --- nulls and plants --------------------------------------------------------------------------------------------
 
 
@@ -323,10 +310,3 @@ def test_phases_that_overlap_are_refused() -> None:
         UserError, match=r"the early phase ends before the late one begins; got early 0.5, late 0.5"
     ):
         Gradients(early=0.5)
-
-
-def test_a_network_with_running_statistics_is_refused(digits: Splits) -> None:
-    sets = Sets({"a": subsets_at(KEY, digits, 1, 1)})
-    analysis = Gradients(ConvNet(depth=2, width=4, norm="batch"), Recipe(steps=2, batch=256))
-    with pytest.raises(UserError, match=r"gradients: the running statistics .* got ConvNet with norm0.mean"):
-        analysis.trainings(sets, digits, key=KEY)

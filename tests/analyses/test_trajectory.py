@@ -6,19 +6,27 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from distillens.analyses.representativeness._trajectory import (
     EVERY,
     along,
     by_replicate,
+    check_remembers_nothing,
+    mean_of_known,
     moments_of,
     real_recipe,
     replicates,
+    shown,
 )
+from distillens.core.checks import UserError
 from distillens.core.contracts import Sets
 from distillens.core.dataset import Dataset, Splits
+from distillens.core.labels import Hard, Probabilities, Teacher
 from distillens.core.recipe import Recipe
+from distillens.core.result import NETWORK, REPLICATE
 from distillens.core.rng import Key
+from distillens.core.space import Pixel
 from distillens.engine.plan import Plan
 from distillens.nets.convnet import ConvNet
 from distillens.runs import Runs
@@ -102,3 +110,31 @@ def test_two_askers_share_one_training(digits: Splits) -> None:
     assert set(runs.trained.values()) == {1} and len(runs.trained) == 2
     # What stands beside the sets is none of its business.
     assert runs.missing([along(NET, RECIPE, 3, 2, sets_of(digits, 2, 1), digits, KEY)]) == []
+
+
+def test_the_labels_of_a_teacher_are_the_mean_of_its_views() -> None:
+    views = KEY.fold("views").normal(3, 4, 2)
+    data = Dataset(torch.zeros(4, 1, 8, 8), Teacher("t", views, 0, 2.0), ("a", "b"), Pixel())
+    labels = shown(data).labels
+    assert isinstance(labels, Probabilities)
+    slow = sum(F.softmax(view / 2, 1) for view in views) / 3
+    torch.testing.assert_close(labels.values, slow)
+    hard = Dataset(data.images, Hard(torch.zeros(4, dtype=torch.int64)), ("a", "b"), data.space)
+    assert shown(hard) is hard
+
+
+def test_a_network_with_running_statistics_is_refused(digits: Splits) -> None:
+    check_remembers_nothing("gradients", NET, digits)
+    with pytest.raises(UserError, match=r"gradients: the running statistics .* got ConvNet with norm0.mean"):
+        check_remembers_nothing("gradients", ConvNet(depth=2, width=4, norm="batch"), digits)
+
+
+def test_what_is_not_known_is_left_out_of_a_mean() -> None:
+    nan = float("nan")
+    found = mean_of_known(torch.tensor([[1.0, nan], [2.0, 4.0], [nan, nan]]))
+    assert found is not None and (found.value, found.n, found.unit) == (2.0, 2, REPLICATE)
+    left = mean_of_known(torch.tensor([[1.0], [nan]]))
+    assert left is not None and (left.n, left.unit, left.high) == (1, REPLICATE, float("inf"))
+    single = mean_of_known(torch.tensor([[1.0, nan, 3.0]]))
+    assert single is not None and (single.value, single.n, single.unit) == (2.0, 2, NETWORK)
+    assert mean_of_known(torch.full((2, 2), nan)) is None

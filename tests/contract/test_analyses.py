@@ -21,6 +21,7 @@ from distillens.analyses.behaviour.sensitivity import Sensitivity
 from distillens.analyses.pointwise.leave_one_out import LeaveOneOut
 from distillens.analyses.representativeness.early_agreement import EarlyAgreement
 from distillens.analyses.representativeness.gradients import Gradients
+from distillens.analyses.representativeness.landscape import Landscape
 from distillens.core.config import describe, restore
 from distillens.core.contracts import Problem, Sets
 from distillens.core.dataset import Splits
@@ -64,6 +65,7 @@ TINY: dict[str, Any] = {
         tolerance=0.2,
     ),
     "representativeness/gradients": Gradients(NET, SHORT, moments=5, trajectories=2, looks=4, sample=10),
+    "representativeness/landscape": Landscape(NET, SHORT, SHORT, moments=4, trajectories=2, points=5, grid=4),
 }
 
 names = analyses.room.names()

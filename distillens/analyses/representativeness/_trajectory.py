@@ -14,7 +14,9 @@ import torch
 from distillens.core.checks import UserError
 from distillens.core.contracts import Net, Sets
 from distillens.core.dataset import Dataset, Splits
+from distillens.core.labels import Probabilities, Teacher
 from distillens.core.recipe import Recipe
+from distillens.core.result import NETWORK, REPLICATE, Estimate
 from distillens.core.rng import Key
 from distillens.train import Population, Training, networks
 
@@ -85,3 +87,19 @@ def check_remembers_nothing(owner: str, net: Net, real: Splits) -> None:
             expected="a network that remembers nothing between steps",
             fix="choose net.norm=group",
         )
+
+
+def shown(data: Dataset) -> Dataset:
+    """A set as it is looked at outside of training: a teacher's labels, one a view, as their mean over the views."""
+    if not isinstance(data.labels, Teacher):
+        return data
+    mean = (data.labels.views / data.labels.temperature).softmax(-1).mean(0)
+    return Dataset(data.images, Probabilities(mean), data.classes, data.space)
+
+
+def mean_of_known(values: torch.Tensor) -> Estimate | None:
+    """The mean over units of values [replicates, trajectories], those left out that are NaN; None where all are."""
+    found = values[0] if len(values) == 1 else values.nanmean(1)
+    found = found[~found.isnan()]
+    unit = NETWORK if len(values) == 1 else REPLICATE
+    return Estimate.mean(found.tolist(), unit) if len(found) else None

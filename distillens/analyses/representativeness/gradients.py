@@ -14,16 +14,17 @@ from distillens.analyses.representativeness._trajectory import (
     along,
     by_replicate,
     check_remembers_nothing,
+    mean_of_known,
     real_recipe,
+    shown,
 )
 from distillens.attribution import mean_gradient
 from distillens.core.checks import UserError, at_least
 from distillens.core.contracts import RANDOM, Net, Sets
 from distillens.core.dataset import Dataset, Splits, check_per_class
-from distillens.core.labels import Probabilities, Teacher
 from distillens.core.palette import colour
 from distillens.core.recipe import Recipe
-from distillens.core.result import Claim, Estimate, Result, Table, units
+from distillens.core.result import Claim, Estimate, Result, Table
 from distillens.core.rng import Key
 from distillens.core.vector import Shapes
 from distillens.nets.convnet import ConvNet
@@ -164,14 +165,6 @@ def rows(data: Dataset, most: int, key: Key) -> list[Dataset]:
     return [data.take(row) for row in dealt]
 
 
-def shown(data: Dataset) -> Dataset:
-    """A set as it is looked at outside of training: a teacher's labels, one a view, as their mean over the views."""
-    if not isinstance(data.labels, Teacher):
-        return data
-    mean = (data.labels.views / data.labels.temperature).softmax(-1).mean(0)
-    return Dataset(data.images, Probabilities(mean), data.classes, data.space)
-
-
 def layers_of(shapes: Shapes) -> dict[str, list[int]]:
     """The places of each layer's tensors: those whose names differ after the last dot."""
     found: dict[str, list[int]] = {}
@@ -297,18 +290,18 @@ class GradientsResult(Result):
 
     def worth(self, name: str, phase: str, part: int = 0) -> Estimate | None:
         """The equivalent size in a phase: the geometric mean; None where it could not be measured."""
-        found = _mean(self.over(name, phase, 2, part))
+        found = mean_of_known(self.over(name, phase, 2, part))
         return found and _grown(found)
 
     def above_its_number(self, name: str, phase: str) -> Estimate | None:
         """The logarithm of the equivalent size over the number of images."""
-        return _mean(self.over(name, phase) - math.log(self.sizes[name]))
+        return mean_of_known(self.over(name, phase) - math.log(self.sizes[name]))
 
     def turned(self, name: str) -> Estimate | None:
         """How the log of the equivalent size changes from early to late, less how a random training subset's does."""
         change = [self.over(one, LATE) - self.over(one, EARLY) for one in (name, RANDOM)]
         pairs = min(map(len, change))
-        return _mean(change[0][:pairs] - change[1][:pairs])
+        return mean_of_known(change[0][:pairs] - change[1][:pairs])
 
     def headline(self) -> dict[str, Estimate]:
         """The early equivalent size of each set."""
@@ -355,7 +348,9 @@ class GradientsResult(Result):
         whole = []
         for name in self.values:
             measured = [self._said(name, phase) for phase in phases]
-            rest = [_mean(self.over(name, phase, m)) or "not measured" for m in (0, 1) for phase in phases]
+            rest = [
+                mean_of_known(self.over(name, phase, m)) or "not measured" for m in (0, 1) for phase in phases
+            ]
             whole.append((name, self.sizes[name], *measured, *rest))
         columns = (
             "set",
@@ -392,7 +387,7 @@ class GradientsResult(Result):
         return self.worth(name, phase, part) or "not measured"
 
     def _held(self, phase: str, i: int) -> str | Estimate:
-        found = _mean(self.checked[:, :, list(self.phases[phase]), i].nanmean(2))
+        found = mean_of_known(self.checked[:, :, list(self.phases[phase]), i].nanmean(2))
         return "not measured" if found is None else _grown(found)
 
     def notes(self) -> tuple[str, ...]:
@@ -497,14 +492,6 @@ class GradientsResult(Result):
         ax.tick_params(axis="y", which="minor", labelsize=8)
         ax.set_ylabel("equivalent number of real images, early")
         _legend(ax, len(names))
-
-
-def _mean(values: torch.Tensor) -> Estimate | None:
-    """The mean over replicates of values [replicates, trajectories], those left out that were not found."""
-    if len(values) > 1:
-        values = values.nanmean(1, keepdim=True)
-    values = values[:, ~values.isnan().any(0)] if len(values) == 1 else values[~values.isnan().any(1)]
-    return Estimate.mean(*units(values)) if values.numel() else None
 
 
 def _grown(e: Estimate) -> Estimate:
