@@ -205,7 +205,7 @@ def test_leaning_goes_from_the_early_to_the_full_model() -> None:
 
 
 def test_models_are_matched_in_validation_accuracy(
-    digits: Splits, runs: Runs, result: LandscapeResult
+    digits: Splits, runs: Runs, base: Sets, result: LandscapeResult
 ) -> None:
     (population,) = runs.get(along(NET, SMALL.recipe, SMALL.moments, 5, base, digits, KEY))
     place = KEY.fold("landscape", "val")

@@ -76,8 +76,8 @@ class Landscape:
 
     def __post_init__(self) -> None:
         at_least(1, "landscape", trajectories=self.trajectories)
-        at_least(2, "landscape", moments=self.moments)
-        at_least(3, "landscape", points=self.points, grid=self.grid)
+        at_least(2, "landscape", moments=self.moments, grid=self.grid)
+        at_least(3, "landscape", points=self.points)
         at_least(4, "landscape", images=self.images)  # of fewer there is no debiased CKA
 
     @classmethod
