@@ -132,6 +132,18 @@ def test_the_closed_form_is_that_of_drawn_subsets() -> None:
         assert float(found[:, 2].exp().mean()) == pytest.approx(n, rel=0.15)
 
 
+def test_random_subsets_count_as_their_number_on_average() -> None:
+    # In few directions the closed form alone strays: the mean of -log(chi^2 / 3) of three of them is above 0.
+    real = torch.zeros(4, dtype=torch.float64)
+    real[0] = 2.0
+    scale = planted_scale(KEY.fold("stray"), real, b=600, beside=600)
+    own = [scale.subsets(20, 1, KEY.fold("own", i)) for i in range(100)]
+    plain = torch.stack([scale.measured(one)[..., 2] for one in own]).mean() - math.log(40)
+    judged = [scale.judged(one, 40, 20, KEY.fold("drawn", i))[..., 2] for i, one in enumerate(own)]
+    assert float(plain) > 0.25
+    assert abs(float(torch.stack(judged).mean()) - math.log(40)) < 0.15
+
+
 def test_measures_equal_a_slow_twin_in_numpy() -> None:
     vectors = KEY.fold("twin").normal(9, 12).double() + 1
     weights = torch.zeros(1, 9, dtype=torch.float64)
