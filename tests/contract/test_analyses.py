@@ -20,6 +20,7 @@ from distillens.analyses.behaviour.robustness import Robustness
 from distillens.analyses.behaviour.sensitivity import Sensitivity
 from distillens.analyses.pointwise.leave_one_out import LeaveOneOut
 from distillens.analyses.representativeness.early_agreement import EarlyAgreement
+from distillens.analyses.representativeness.recognition_curve import RecognitionCurve
 from distillens.core.config import describe, restore
 from distillens.core.contracts import Problem, Sets
 from distillens.core.dataset import Splits
@@ -62,6 +63,7 @@ TINY: dict[str, Any] = {
         most_per_class=10,
         tolerance=0.2,
     ),
+    "representativeness/recognition_curve": RecognitionCurve(NET, SHORT, moments=6, trajectories=2),
 }
 
 names = analyses.room.names()
