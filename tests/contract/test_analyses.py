@@ -19,6 +19,7 @@ from distillens.analyses.behaviour.recognition import Recognition
 from distillens.analyses.behaviour.robustness import Robustness
 from distillens.analyses.behaviour.sensitivity import Sensitivity
 from distillens.analyses.pointwise.leave_one_out import LeaveOneOut
+from distillens.analyses.representativeness.clock import Clock
 from distillens.analyses.representativeness.early_agreement import EarlyAgreement
 from distillens.analyses.representativeness.recognition_curve import RecognitionCurve
 from distillens.core.config import describe, restore
@@ -52,6 +53,7 @@ TINY: dict[str, Any] = {
     ),
     "behaviour/sensitivity": Sensitivity((("lr", "x3"), ("steps", "x2")), (), SHORT, NET, full=1),
     "pointwise/leave_one_out": LeaveOneOut(NET, SHORT, inits=2),
+    "representativeness/clock": Clock(NET, SHORT, SHORT, moments=6, trajectories=2, looks=4, tested=100),
     "representativeness/early_agreement": EarlyAgreement(
         NET,
         SHORT,

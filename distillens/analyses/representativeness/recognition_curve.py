@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from sklearn.isotonic import isotonic_regression
 
 from distillens.analyses.representativeness._beside import (
     TEST,
@@ -326,6 +325,8 @@ def _look(name: str) -> tuple[str, str]:
 
 def _rising(curves: torch.Tensor) -> torch.Tensor:
     """The curves [..., t] that only rise and lie nearest to these."""
+    from sklearn.isotonic import isotonic_regression
+
     flat = curves.double().reshape(-1, curves.shape[-1])
     return torch.stack([torch.from_numpy(isotonic_regression(one.numpy())) for one in flat]).view(
         curves.shape
