@@ -12,7 +12,6 @@ from distillens.analyses.representativeness._trajectory import (
     EVERY,
     along,
     by_replicate,
-    check_remembers_nothing,
     mean_of_known,
     moments_of,
     real_recipe,
@@ -124,9 +123,11 @@ def test_the_labels_of_a_teacher_are_the_mean_of_its_views() -> None:
 
 
 def test_a_network_with_running_statistics_is_refused(digits: Splits) -> None:
-    check_remembers_nothing("gradients", NET, digits)
-    with pytest.raises(UserError, match=r"gradients: the running statistics .* got ConvNet with norm0.mean"):
-        check_remembers_nothing("gradients", ConvNet(depth=2, width=4, norm="batch"), digits)
+    batch = ConvNet(depth=2, width=4, norm="batch")
+    with pytest.raises(
+        UserError, match=r"cannot be followed through training; got ConvNet, which remembers norm0.mean"
+    ):
+        along(batch, RECIPE, 3, 2, sets_of(digits, 2), digits, KEY)
 
 
 def test_what_is_not_known_is_left_out_of_a_mean() -> None:

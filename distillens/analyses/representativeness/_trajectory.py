@@ -59,7 +59,11 @@ def along(
 
     ``trajectories`` are those in all: each replicate has so many that they come to that or more. The same settings
     give the same training, whoever asks.
+
+    Raises:
+        UserError: the network remembers more than its parameters, which are all that is kept of a moment.
     """
+    _check_net(net, real)
     count = replicates(sets)
     each = -(-trajectories // count)
     keys = tuple(one for r in range(count) for one in networks(key, r, each))
@@ -73,8 +77,8 @@ def by_replicate(population: Population, sets: Sets) -> list[Population]:
     return [population.taken(torch.arange(r * each, (r + 1) * each)) for r in range(count)]
 
 
-def check_remembers_nothing(owner: str, net: Net, real: Splits) -> None:
-    """Refuse a network that remembers running statistics: snapshots hold parameters, so those of a moment are unknown.
+def _check_net(net: Net, real: Splits) -> None:
+    """Refuse networks that remember anything beside their parameters: only these are kept along a trajectory.
 
     Raises:
         UserError: the network has buffers.
@@ -82,10 +86,10 @@ def check_remembers_nothing(owner: str, net: Net, real: Splits) -> None:
     _, buffers = net.init(real.train, Key(0))
     if buffers:
         raise UserError(
-            f"{owner}: the running statistics of a network at a moment of its training are not kept",
-            got=f"{type(net).__name__} with {', '.join(sorted(buffers))}",
-            expected="a network that remembers nothing between steps",
-            fix="choose net.norm=group",
+            "this network cannot be followed through training",
+            got=f"{type(net).__name__}, which remembers {', '.join(sorted(buffers))} beside its parameters",
+            expected="a network whose parameters are all that it keeps",
+            fix="take another norm than batch",
         )
 
 

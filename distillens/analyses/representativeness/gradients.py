@@ -13,7 +13,6 @@ from distillens.analyses.representativeness._trajectory import (
     TRAJECTORIES,
     along,
     by_replicate,
-    check_remembers_nothing,
     mean_of_known,
     real_recipe,
     shown,
@@ -95,7 +94,6 @@ class Gradients:
 
     def trainings(self, sets: Sets, real: Splits, *, key: Key) -> list[Training]:
         """The real trajectories."""
-        check_remembers_nothing("gradients", self.net, real)
         return [along(self.net, self.recipe, self.moments, self.trajectories, sets, real, key)]
 
     def __call__(self, sets: Sets, real: Splits, runs: Runs, *, key: Key) -> GradientsResult:

@@ -13,7 +13,6 @@ from distillens.analyses.representativeness._trajectory import (
     TRAJECTORIES,
     along,
     by_replicate,
-    check_remembers_nothing,
     mean_of_known,
     real_recipe,
     shown,
@@ -87,7 +86,6 @@ class Landscape:
 
     def trainings(self, sets: Sets, real: Splits, *, key: Key) -> list[Training]:
         """The real trajectories, then the sets' own models from the same initialisations."""
-        check_remembers_nothing("landscape", self.net, real)
         trajectories = along(self.net, self.recipe, self.moments, self.trajectories, sets, real, key)
         own = self._own(sets, len(trajectories.keys), key)
         return [trajectories, *(one for many in own.values() for one in many)]
