@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -122,6 +122,43 @@ def trace(form: Callable[[int], float], images: int, error: float, most: int) ->
     values += [form(i) for i in range(PILOT, min(max(wanted, PILOT), most))]
     mean, spread = _moments(values)
     return Trace(mean, spread / math.sqrt(len(values)), len(values), len(values) * images)
+
+
+def bridge(
+    form: Callable[[int, int], float],
+    moments: Sequence[int],
+    first: Trace,
+    last: Trace,
+    count: int,
+    images: int,
+) -> list[Trace]:
+    """Traces at the moments between two at which they are known, by ``count`` measurements of what lies beside the straight line.
+
+    ``form(i, t)`` is measurement i at moment t: the same probe and the same ``images`` images at all moments. Of a measurement
+    only its distance from the line between its own ends is taken, which spreads far less than the measurement itself (on
+    digits 10 to 200 times less in variance), for the loss bends smoothly along training. ``moments`` holds the ends too.
+
+    The errors of the two ends are taken to be the same in sign: those of common probes are nearly so.
+    """
+    start, end = moments[0], moments[-1]
+    known = [[form(i, t) for t in (start, end)] for i in range(count)]
+    found: list[Trace] = []
+    for t in moments[1:-1]:
+        share = (end - t) / (end - start)
+        beside = [form(i, t) - share * a - (1 - share) * b for i, (a, b) in enumerate(known)]
+        mean, spread = _moments(beside)
+        line = share * first.value + (1 - share) * last.value
+        ends = share * first.error + (1 - share) * last.error
+        ahead = 2 if not found else 0  # the ends are measured once for all moments between them
+        found.append(
+            Trace(
+                line + mean,
+                math.hypot(ends, spread / math.sqrt(count)),
+                count,
+                (1 + ahead) * count * images,
+            )
+        )
+    return found
 
 
 def _moments(values: list[float]) -> tuple[float, float]:

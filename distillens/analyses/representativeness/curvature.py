@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -25,7 +27,7 @@ from distillens.core.palette import colour
 from distillens.core.recipe import Recipe
 from distillens.core.result import Claim, Estimate, Result, Table, units
 from distillens.core.rng import Key
-from distillens.curvature import PILOT, Curved, Trace, lanczos, largest_eigenvalues, signs, trace
+from distillens.curvature import PILOT, Curved, Trace, bridge, lanczos, largest_eigenvalues, signs, trace
 from distillens.nets.convnet import ConvNet
 from distillens.runs import Runs
 from distillens.train import Population, Training
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 REAL = "real"
 ALIKE = "real, as many"  # random training images, as many as the set has: what the claims compare with
 PUBLISHED_PROBES = 35  # of 25 to 45 that the paper's time a moment allows (PyHessian's stopping rule)
+BRIDGING_IMAGES = 16
 LATE = 0.8  # the share of the updates after which training counts as late
 DENSITY_STEPS, DENSITY_STARTS = 40, 2
 
@@ -50,9 +53,12 @@ class Curvature:
     then counts the images' variance too, and the whole training set need never be met. At each point there are as many
     probes as bring the standard error below ``error`` times the trace, at most ``most``.
 
-    ``looks`` are the moments looked at, of those that the trajectories keep, up to update ``last`` (0: to the end). The ``top`` largest
-    eigenvalues are taken at three of them (a third of the way to the greatest real trace, there, and the last), of the
-    real data on ``sample`` images; the spectral density at the last in the first replicate.
+    So it is at ``looks`` of the moments that the trajectories keep, up to update ``last`` (0: to the end). At those between them the trace is
+    the straight line between the two beside it, plus what ``bridging`` probes of a few images each find beside that line:
+    the loss bends smoothly along training, so this has little spread, and a moment costs a small part of the others.
+
+    The ``top`` largest eigenvalues are taken at three moments (a third of the way to the greatest real trace, there, and the last), of
+    the real data on ``sample`` images; the spectral density at the last in the first replicate.
 
     Source: Yang et al. 2024, section 4.3 (one network, one run of PyHessian 0.1 a point, smoothed; 301 moments).
     """
@@ -64,11 +70,12 @@ class Curvature:
     recipe: Recipe = Recipe(steps=392, batch=256)
     moments: int = 48
     trajectories: int = TRAJECTORIES
-    looks: int = 16
+    looks: int = 12
     last: int = 0
     error: float = 0.05
     most: int = 40
     images: int = 64
+    bridging: int = 4
     top: int = 5
     sample: int = 256
 
@@ -78,6 +85,7 @@ class Curvature:
         at_least(2, "curvature", looks=self.looks, moments=self.moments)
         at_least(0, "curvature", last=self.last, top=self.top)
         at_least(PILOT, "curvature", most=self.most)
+        at_least(2, "curvature", bridging=self.bridging)
 
     @classmethod
     def defaults(cls, like: Dataset) -> Curvature:
@@ -89,17 +97,19 @@ class Curvature:
         """Every update up to the 300th, along one trajectory a replicate, at the published estimator's error.
 
         That is 2 % of the trace (25 to 45 probes over all images). Where we differ: no smoothing, no stopping rule that a small
-        change can end, real images drawn anew for each probe in place of all 50,000.
+        change can end, real images drawn anew for each probe in place of all 50,000, and most moments by what lies beside the
+        line between their neighbours.
         """
         return cls(
             ConvNet.defaults(like),
             real_recipe(like),
             moments=EVERY,
             trajectories=1,
-            looks=EVERY,
+            looks=32,
             last=300,
             error=0.02,
             most=100,
+            bridging=12,
         )
 
     def trainings(self, sets: Sets, real: Splits, *, key: Key) -> list[Training]:
@@ -111,26 +121,18 @@ class Curvature:
         sets.check_against(real)
         (population,) = runs.get(*self.trainings(sets, real, key=key))
         trajectories = by_replicate(population, sets)
-        moments = self._looked_at(population.moments)
+        moments = tuple(t for t in population.moments if not self.last or t <= self.last)
         place = key.fold("curvature")
         named = dict(sets.distilled) | ({RANDOM: sets.random} if sets.random else {})
         rows: dict[str, list[list[list[Trace]]]] = {name: [] for name in (REAL, ALIKE, *named)}
+        published = 0
         for r, one in enumerate(trajectories):
             own = {name: shown(many[r].dataset()) for name, many in named.items() if r < len(many)}
             own[ALIKE] = _as_many(real.train, next(iter(own.values())), place.fold("alike", r))
-            for name in rows:
-                if name == REAL or name in own:
-                    rows[name].append(
-                        [
-                            [
-                                self._trace(
-                                    one, one.at(t)[j], own.get(name), real.train, place.fold("probe", r)
-                                )
-                                for t in moments
-                            ]
-                            for j in range(len(one))
-                        ]
-                    )
+            for name, data in {REAL: real.train, **own}.items():
+                about = Looked(one, data, place.fold("probe", r), name == REAL)
+                rows[name].append([self._curve(about, j, moments) for j in range(len(one))])
+                published += PUBLISHED_PROBES * len(data) * len(one) * len(moments)
         traces = {name: _table(many, "value") for name, many in rows.items()}
         spectra = self._spectra_at(traces[REAL], moments)
         eigenvalues, densities = self._spectra(
@@ -143,13 +145,7 @@ class Curvature:
             {name: _table(many, "error") for name, many in rows.items()},
             {name: _table(many, "probes").long() for name, many in rows.items()},
             sum(t.products for many in rows.values() for a in many for b in a for t in b),
-            sum(
-                PUBLISHED_PROBES * (len(real.train) if name == REAL else t.products // t.probes)
-                for name, many in rows.items()
-                for a in many
-                for b in a
-                for t in b
-            ),
+            published,
             len(real.train),
             self.error,
             self.most,
@@ -158,32 +154,31 @@ class Curvature:
             densities,
         )
 
-    def _looked_at(self, kept: tuple[int, ...]) -> tuple[int, ...]:
-        """Moments to look at, evenly spaced among those kept."""
-        there = [t for t in kept if not self.last or t <= self.last]
-        if self.looks >= len(there):
-            return tuple(there)
-        places = torch.linspace(0, len(there) - 1, self.looks).round().long().tolist()
-        return tuple(there[i] for i in dict.fromkeys(places))
+    def _curve(self, about: Looked, j: int, moments: tuple[int, ...]) -> list[Trace]:
+        """The trace at every moment of trajectory j."""
+        places = torch.linspace(0, len(moments) - 1, min(self.looks, len(moments))).round().long().tolist()
+        known = {i: self._trace(about, j, moments[i]) for i in dict.fromkeys(places)}
+        found = []
+        for first, last in pairwise(known):
+            found.append(known[first])
+            if last - first > 1:
+                part = replace(about, key=about.key.fold("between", first), sampled=True)
+                found += bridge(
+                    partial(part.beside, j),
+                    moments[first : last + 1],
+                    known[first],
+                    known[last],
+                    self.bridging,
+                    part.few,
+                )
+        return [*found, known[len(moments) - 1]]
 
-    def _trace(
-        self, population: Population, flat: torch.Tensor, data: Dataset | None, train: Dataset, place: Key
-    ) -> Trace:
-        """The trace on a set, or on the real data where there is none."""
-
-        def probe(i: int) -> torch.Tensor:
-            return signs(place.fold(i).uniform(population.shapes.size))
-
-        if data is not None:
-            curved = Curved(population.net, population.shapes, flat, data)
-            return trace(lambda i: curved.form(probe(i)), len(data), self.error, self.most)
-        count = min(self.images, len(train))
-
-        def own_images(i: int) -> float:
-            some = train.take(place.fold("images", i).permutation(len(train))[:count])
-            return Curved(population.net, population.shapes, flat, some).form(probe(i))
-
-        return trace(own_images, count, self.error, self.most)
+    def _trace(self, about: Looked, j: int, moment: int) -> Trace:
+        images = min(self.images, len(about.data)) if about.sampled else len(about.data)
+        if about.sampled:
+            return trace(lambda i: about.form(i, j, moment, images), images, self.error, self.most)
+        curved = about.curved(about.data, j, moment)
+        return trace(lambda i: curved.form(about.probe(i)), images, self.error, self.most)
 
     def _spectra_at(self, real: torch.Tensor, moments: tuple[int, ...]) -> list[int]:
         """Where spectra are taken: on the way to the greatest real trace, there, and at the end."""
@@ -232,6 +227,38 @@ class Curvature:
                 found.append(torch.stack(by_moment))
             eigenvalues[name] = torch.stack(found)
         return eigenvalues, densities
+
+
+@dataclass(frozen=True, eq=False)
+class Looked:
+    """Data that is looked at along the trajectories of a replicate: the whole of it, or images drawn for each probe."""
+
+    population: Population
+    data: Dataset
+    key: Key
+    sampled: bool
+
+    def probe(self, i: int) -> torch.Tensor:
+        """Random signs [P]: the same at all moments and for all data."""
+        return signs(self.key.fold(i).uniform(self.population.shapes.size))
+
+    @property
+    def few(self) -> int:
+        """Images that a probe meets at a moment between two that are known."""
+        return min(BRIDGING_IMAGES, len(self.data))
+
+    def beside(self, j: int, i: int, moment: int) -> float:
+        """``v' H v`` of probe i on a few images of its own, along trajectory j."""
+        return self.form(i, j, moment, self.few)
+
+    def form(self, i: int, j: int, moment: int, images: int) -> float:
+        """``v' H v`` of probe i on random images of its own, along trajectory j."""
+        some = self.data.take(self.key.fold("images", i).permutation(len(self.data))[:images])
+        return self.curved(some, j, moment).form(self.probe(i))
+
+    def curved(self, data: Dataset, j: int, moment: int) -> Curved:
+        """The Hessian of the mean loss on some data."""
+        return Curved(self.population.net, self.population.shapes, self.population.at(moment)[j], data)
 
 
 def _as_many(train: Dataset, data: Dataset, key: Key) -> Dataset:
@@ -398,7 +425,7 @@ class CurvatureResult(Result):
     def _work(self) -> Table:
         rows: list[tuple[str | int | Estimate, ...]] = []
         for name, values in self.traces.items():
-            relative = (self.errors[name] / values.abs()).mean(-1)
+            relative = (self.errors[name] / values.abs()).median(-1).values
             capped = self.probes[name] >= self.most
             rows.append(
                 (
@@ -408,7 +435,12 @@ class CurvatureResult(Result):
                     f"{int(capped.sum())} of {capped.numel()}",
                 )
             )
-        columns = ("set", "standard error over the trace", "probes", f"points that stopped at {self.most}")
+        columns = (
+            "set",
+            "standard error over the trace (median moment)",
+            "probes",
+            f"points that stopped at {self.most}",
+        )
         return Table("How well each point is known", columns, tuple(rows))
 
     def _largest(self) -> Table:
