@@ -11,7 +11,6 @@ from distillens import pipeline
 from distillens.analyses.behaviour.accuracy import Accuracy
 from distillens.analyses.behaviour.mixing import Mixing
 from distillens.analyses.pointwise.leave_one_out import LeaveOneOut
-from distillens.analyses.representativeness.early_agreement import EarlyAgreement
 from distillens.core.artefact import DistilledDataset
 from distillens.core.contracts import Sets
 from distillens.core.dataset import Dataset, Splits
@@ -66,24 +65,6 @@ def test_influence_of_real_points_stays_in_class(digits: Splits, runs: Runs) -> 
     # The claim's positive control: it is as true of a real subset.
     result = LeaveOneOut(TINY, SHORT, inits=2)(Sets({"a": subsets(digits, "c", 1)}), digits, runs, key=KEY)
     assert claims(result)["a", "influence stays in class"] == "supported"
-
-
-def test_early_agreement_refuses_what_no_pool_matches(digits: Splits, runs: Runs) -> None:
-    analysis = EarlyAgreement(
-        TINY,
-        Recipe(steps=1, lr=1e-6),
-        early=3,
-        early_recipe=Recipe(steps=30, batch=256),
-        subset=4,
-        subset_recipe=Recipe(steps=30, batch=64),
-        least_per_class=20,
-        most_per_class=30,
-        tolerance=0.001,
-    )
-    result = analysis(Sets({"untrained": subsets(digits, "u", 2)}), digits, runs, key=KEY)
-    assert result.gap("untrained") is None
-    assert result.claims() == ()
-    assert "No comparison for untrained" in result.notes()[-1]
 
 
 def test_leave_one_out_equals_retraining_on_the_smaller_set(digits: Splits, runs: Runs) -> None:

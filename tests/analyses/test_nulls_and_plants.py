@@ -15,7 +15,6 @@ from scipy.stats import nct, t
 
 from distillens.analyses.behaviour.accuracy import AccuracyResult
 from distillens.analyses.pointwise.leave_one_out import LeaveOneOutResult, own_class_share, self_agreement
-from distillens.analyses.representativeness.early_agreement import EarlyAgreementResult, Pools
 from distillens.core.dataset import Splits
 from distillens.core.result import Claim
 from distillens.core.rng import Key
@@ -83,66 +82,6 @@ def test_a_gain_that_five_pairs_can_see_is_found(bank: dict[str, torch.Tensor], 
         other = values[order[REPLICATES : 2 * REPLICATES], 0]
         found.append(accuracy_claim(own, other, "random_subset", "beats random"))
     assert supported(found) >= 180
-
-
-def agreement_claims(bank: dict[str, torch.Tensor], place: Key, planted_at: float | None) -> list[Claim]:
-    """The claim with five real models in the place of a distilled set's models.
-
-    Random subset models, or early-stopped models planted at one accuracy, as the replicates of a method have.
-    """
-    subset, early = bank["subset"], bank["early"]
-    order_s, order_e = place.fold("s").permutation(len(subset)), place.fold("e").permutation(len(early))
-    own_s, pool_s = order_s[:REPLICATES], order_s[REPLICATES : REPLICATES + 64]
-    own_e, pool_e = order_e[:REPLICATES], order_e[REPLICATES : REPLICATES + 16]
-    pools = Pools(
-        early[pool_e],
-        bank["early_accuracy"][pool_e],
-        tuple(bank["moments"].tolist()),
-        subset[pool_s],
-        bank["subset_accuracy"][pool_s],
-    )
-    if planted_at is None:
-        predicted, accuracy = subset[own_s], bank["subset_accuracy"][own_s]
-    else:
-        nearest = (bank["early_accuracy"][own_e] - planted_at).abs().argmin(1)
-        predicted, accuracy = early[own_e, nearest], bank["early_accuracy"][own_e, nearest]
-    rows = [pools.compare(p[None], a[None], 0.02) for p, a in zip(predicted, accuracy, strict=True)]
-    with_early, with_subset, moments = (torch.stack(column) for column in zip(*rows, strict=True))
-    result = EarlyAgreementResult(
-        ("dm",),
-        {"dm": accuracy},
-        {"dm": with_early},
-        {"dm": with_subset},
-        {"dm": moments},
-        *pools.own(0.02),
-        0.02,
-    )
-    return list(result.claims())
-
-
-def test_the_papers_contrast_is_not_zero_for_real_subset_models(bank: dict[str, torch.Tensor]) -> None:
-    # What docs/representativeness.md says: about 0.02 where subset models reach 0.7 to 0.93.
-    accuracy = bank["subset_accuracy"]
-    moments = tuple(bank["moments"].tolist())
-    pools = Pools(bank["early"], bank["early_accuracy"], moments, bank["subset"], accuracy)
-    early, subset = pools.own(0.02)
-    gaps = (early.nanmean(1) - subset.nanmean(1))[(accuracy >= 0.7) & (accuracy < 0.93)]
-    gaps = gaps[~gaps.isnan()]
-    assert len(gaps) > 60
-    assert 0.015 < float(gaps.mean()) < 0.025
-    assert float(gaps.mean() / gaps.std() * len(gaps) ** 0.5) > 5
-
-
-def test_held_out_subset_models_do_not_look_early_stopped(bank: dict[str, torch.Tensor]) -> None:
-    claims = [c for i in range(DRAWS) for c in agreement_claims(bank, SEED.fold("early null", i), None)]
-    assert len(claims) > 0.9 * DRAWS
-    assert supported(claims) <= ALARMS
-
-
-def test_held_out_early_stopped_models_look_early_stopped(bank: dict[str, torch.Tensor]) -> None:
-    claims = [c for i in range(100) for c in agreement_claims(bank, SEED.fold("early plant", i), 0.87)]
-    assert len(claims) > 90
-    assert supported(claims) >= 0.8 * len(claims)
 
 
 def influence_claims(influence: torch.Tensor, real: Splits) -> dict[str, Claim]:
