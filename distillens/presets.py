@@ -33,10 +33,10 @@ PRESETS = {
     for preset in (
         Preset(
             "quick",
-            "four methods, 1 and 10 images a class, 5 replicates; every analysis but those of many settings",
+            "four methods, 1 and 10 images a class, 5 replicates; every analysis but the longest",
             (1, 10),
             5,
-            # Ranking, cross_net and sensitivity train every set many times over: they are asked one at a time, or in full.
+            # Those that train every set many times over, or follow training in depth, are asked one at a time, or in full.
             analyses=(
                 "behaviour/accuracy",
                 "behaviour/recognition",
@@ -46,6 +46,7 @@ PRESETS = {
                 "behaviour/robustness",
                 "behaviour/fairness",
                 "representativeness/early_agreement",
+                "representativeness/recognition_curve",
                 "pointwise/leave_one_out",
             ),
             whole=(1,),
@@ -87,6 +88,8 @@ PRESETS = {
                 "behaviour/mixing",
                 "behaviour/accuracy",
                 "representativeness/early_agreement",
+                "representativeness/recognition_curve",
+                "representativeness/curvature",
                 "pointwise/leave_one_out",
             ),
             published=True,

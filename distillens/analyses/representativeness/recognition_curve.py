@@ -57,7 +57,7 @@ class RecognitionCurve:
     """
 
     question: ClassVar[str] = "When does real training recognise distilled images?"
-    scales: ClassVar[tuple[str, ...]] = ("recipe.steps", "moments", "trajectories")
+    scales: ClassVar[tuple[str, ...]] = ("recipe.steps", "trajectories")
 
     net: Net = field(default_factory=ConvNet)
     recipe: Recipe = Recipe(steps=392, batch=256)
