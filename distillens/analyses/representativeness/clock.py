@@ -75,7 +75,6 @@ class Clock:
     scales: ClassVar[tuple[str, ...]] = (
         "recipe.steps",
         "own_recipe.steps",
-        "moments",
         "trajectories",
         "looks",
         "probes",
