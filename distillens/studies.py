@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -11,12 +12,12 @@ from typing import Any
 
 from distillens import analyses, distillers, pipeline
 from distillens import forecast as forecasts
-from distillens.analyses.behaviour.accuracy import Accuracy
 from distillens.core.artefact import DistilledDataset, Provenance
 from distillens.core.checks import UserError, unknown
 from distillens.core.config import describe, override, settings_of, shrunk
-from distillens.core.contracts import Distiller, Problem, Sets
+from distillens.core.contracts import Distiller, Net, Problem, Sets
 from distillens.core.dataset import Splits
+from distillens.core.recipe import Recipe
 from distillens.core.result import Claim, Result
 from distillens.core.storage import held, sweep, write_json
 from distillens.engine.plan import Plan, Precision, cores
@@ -360,10 +361,13 @@ def forecast(study: Study, workers: int) -> Forecast:
             if hasattr(question, "protocol"):
                 trainings += teacher(question.protocol, question.net, real, analysis_key(study.seed))
     distinct = {part.fingerprint: part for t in trainings for part in chunks(t, study.plan)}
-    accuracy = next(one for one in study.questions(study.ipc[0]) if isinstance(one, Accuracy))
-    short = Training(real.train, accuracy.net, accuracy.protocol.recipe, (analysis_key(0),))
-    passes = sum(2.93 * part.image_steps for part in distinct.values())
-    seconds += passes * forecasts.seconds_a_pass(short, study.plan)
+    passes: Counter[Net] = Counter()
+    for part in distinct.values():
+        passes[part.net] += part.image_steps
+    if passes:  # the network that sees the most images stands for all
+        ((net, _),) = passes.most_common(1)
+        short = Training(real.train, net, Recipe(), (analysis_key(0),))
+        seconds += 2.93 * passes.total() * forecasts.seconds_a_pass(short, study.plan)
     models = sum(len(part.keys) for part in distinct.values())
     return Forecast(len(study.orders), models, seconds / workers)
 
