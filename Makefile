@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Two processes: the tests are tiny work on one thread each. A file stays in one, for what its tests share.
+TOGETHER := --numprocesses 2 --dist loadfile
 
 .PHONY: study test check slow setup
 .DEFAULT_GOAL := help
@@ -24,13 +26,13 @@ study: $(READY)
 	$(BIN)/distillens study --data digits --to runs/digits
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TOGETHER)
 
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TOGETHER)
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow

@@ -5,8 +5,10 @@
     python benchmarks/study.py matching               # on digits too: those that match gradients or distributions, or regress
     python benchmarks/study.py coresets               # on digits too: the methods that choose real images
     python benchmarks/study.py paper                  # on digits too: the paper's first question, as published
+    python benchmarks/study.py representativeness     # on digits too: the second question, every analysis
     python benchmarks/study.py cifar10 runs/cifar10   # from a folder that a study has finished: cifar10.sh
     python benchmarks/study.py paper_cifar10 study    # likewise: paper_cifar10.sh
+    python benchmarks/study.py representativeness_cifar10 study    # likewise: representativeness_cifar10.sh
 
 The JSON is what README and docs quote: docs/render.py writes it into them.
 """
@@ -31,6 +33,10 @@ STUDIES: dict[str, tuple[str, dict[str, Any]]] = {
     "matching": ("digits", {"methods": ("dsa", "idc", "m3d", "ncfm", "kip", "frepo")}),
     # Herding and a random subset stand beside every study.
     "paper": ("digits", {"preset": "wddl", "replicates": 5, "only": ("behaviour",)}),
+    "representativeness": (
+        "digits",
+        {"preset": "full", "replicates": 5, "ipc": (10,), "only": ("representativeness",)},
+    ),
     "coresets": ("digits", {"methods": ("k_center", "k_means", "el2n", "grand", "forgetting")}),
 }
 ACCURACY = "behaviour/accuracy"

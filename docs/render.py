@@ -121,6 +121,51 @@ def cost_table() -> str:
     return "\n".join(lines)
 
 
+def curvature_table() -> str:
+    """Estimators at equal products, then the paper's curve and one moment of large data."""
+    saved = json.loads((RESULTS / "curvature.json").read_text())
+    anchor, curve, moment = saved["anchor"], saved["curve"], saved["moment"]
+    lines = ["| estimator | products | root mean square error | median error |", "| --- | --- | --- | --- |"]
+    lines += [
+        f"| {name} | {row['products']:.0f} | {row['rmse']:.1%} | {row['median']:.1%} |"
+        for name, row in anchor["estimators"].items()
+    ]
+    e = anchor["environment"]
+    lines += [
+        "",
+        f"On the exact Hessian of a ConvNet of {anchor['parameters']:,} parameters trained on 512 digits to {anchor['accuracy']:.1%} "
+        f"(trace {anchor['trace']:.2f}, largest eigenvalues {', '.join(f'{x:.2f}' for x in anchor['largest'])}), "
+        f"n = {anchor['repeats']} repetitions.",
+        "",
+        f"The curve of the paper on digits, {curve['moments']} moments of one training, real data and four sets of 100 images: "
+        f"{curve['ours']:,} example-products at a standard error of 5 %, {curve['published']:,} by the published estimator: "
+        f"{curve['published'] / curve['ours']:.0f} times as many.",
+        "",
+        "| update | data | reference | ours is off by | our error | error of the published 35 probes |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in curve["rows"]:
+        label = "real" if row["set"] == "real" else "a set"
+        lines.append(
+            f"| {row['update']} | {label} | {row['reference']:.0f} +- {row['reference_error']:.1%} | {row['ours']:+.1%} | "
+            f"{row['our_error']:.1%} | {row['published_error']:.1%} |"
+        )
+    lines += [
+        "",
+        f"Where there are {moment['training_images']:,} training images ({moment['net']} after {moment['updates']} updates): the published "
+        f"error, {moment['published_error']:.1%} of the trace, takes {moment['products']:,} example-products in place of "
+        f"{moment['published_products']:,} ({moment['published_products'] / moment['products']:.0f} times fewer). A probe spreads by "
+        f"{moment['spread_of_probes']:.1%} on 2,000 images and by {moment['spread_of_probes_with_images']:.1%} on "
+        f"{moment['images_a_probe']} of its own; means of twelve spread by {moment['spread_of_twelve']:.1%} "
+        f"({moment['expected_of_twelve']:.1%} expected).",
+        "",
+        f"`python -m benchmarks.curvature`; {e['cores']} cores ({e['machine']}, torch {e['torch']}), commit "
+        + ", ".join(dict.fromkeys(part["environment"]["commit"] for part in (anchor, curve, moment)))
+        + ".",
+    ]
+    return "\n".join(lines)
+
+
 def tesla_table() -> str:
     """TESLA's gradient against the exact one, by number of inner steps."""
     saved = json.loads((RESULTS / "tesla.json").read_text())
@@ -319,6 +364,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "engine precision": precision_table,
     "whitening": whitening_table,
     "tesla": tesla_table,
+    "curvature": curvature_table,
+    "representativeness digits": lambda: claims_table("representativeness"),
+    "representativeness cifar10": lambda: claims_table("representativeness_cifar10"),
     "analyses cost": cost_table,
     "paper digits": lambda: paper_table("paper"),
     "paper cifar10": lambda: paper_table("paper_cifar10"),
