@@ -10,6 +10,7 @@ import torch
 from distillens import pipeline
 from distillens.analyses.behaviour.accuracy import Accuracy
 from distillens.analyses.behaviour.mixing import Mixing
+from distillens.analyses.pointwise._retrained import moved_losses
 from distillens.analyses.pointwise.leave_one_out import LeaveOneOut
 from distillens.analyses.representativeness.early_agreement import EarlyAgreement
 from distillens.core.artefact import DistilledDataset
@@ -94,7 +95,7 @@ def test_leave_one_out_equals_retraining_on_the_smaller_set(digits: Splits, runs
     (training,) = analysis.trainings(Sets({"a": (one,)}), digits, key=KEY)
     double = Plan(precision="float64")
     population = train(training, double)
-    influence = analysis._influence(population, digits.test)
+    influence = moved_losses(population, 2, digits.test)
     for s, j in ((0, 0), (1, 7)):
         key = (KEY.fold("init", s),)
         without = train(on(one.without(j), TINY, analysis.recipe, key), double).losses(digits.test)

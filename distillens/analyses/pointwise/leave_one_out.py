@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from distillens.analyses.pointwise._retrained import chosen, first_copy, moved_losses, without_each
 from distillens.core.artefact import DistilledDataset
-from distillens.core.checks import UserError, at_least
+from distillens.core.checks import at_least
 from distillens.core.contracts import Net, Sets
 from distillens.core.dataset import Dataset, Splits
 from distillens.core.palette import colour
@@ -19,7 +20,7 @@ from distillens.core.result import Claim, Estimate, Result, Table
 from distillens.core.rng import Key
 from distillens.nets.convnet import ConvNet
 from distillens.runs import Runs
-from distillens.train import Population, Training, on
+from distillens.train import Training
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,30 +66,29 @@ class LeaveOneOut:
 
     def trainings(self, sets: Sets, real: Splits, *, key: Key) -> list[Training]:
         """One population a set."""
-        return list(self._populations(sets, key).values())
+        return [self._training(one, key) for one in self._chosen(sets).values()]
 
     def __call__(self, sets: Sets, real: Splits, runs: Runs, *, key: Key) -> LeaveOneOutResult:
         """The influences."""
         sets.check_against(real)
-        wanted = self._populations(sets, key)
-        runs.make(wanted.values())
+        runs.make(self.trainings(sets, real, key=key))
         on_test, labels, agreement, shared = {}, {}, {}, {}
-        most_test, most_train = {}, {}
+        most_test, most_train, pictures = {}, {}, {}
         train = real.train.take(key.fold("train images").permutation(len(real.train))[: self.train_images])
-        for name, training in wanted.items():
-            (population,) = runs.get(training)
-            effect = self._influence(population, real.test)  # [inits, P, n]
-            labels[name] = _points(sets, name).labels.hard()
+        for name, one in self._chosen(sets).items():
+            (population,) = runs.get(self._training(one, key))
+            effect = moved_losses(population, self.inits, real.test)  # [inits, P, n]
+            labels[name] = one.labels.hard()
             on_test[name] = effect
             agreement[name] = self_agreement(effect)
             shared[name] = own_class_share(effect.mean(0), labels[name], real.test)
             most_test[name] = _most_moved(effect.mean(0), real.test, self.top)
-            most_train[name] = _most_moved(self._influence(population, train).mean(0), train, self.top)
-        pictures = {
-            name: _points(sets, name).dataset().pixels()[_first_copy(_points(sets, name))] for name in wanted
-        }
+            most_train[name] = _most_moved(
+                moved_losses(population, self.inits, train).mean(0), train, self.top
+            )
+            pictures[name] = one.dataset().pixels()[first_copy(one)]
         return LeaveOneOutResult(
-            tuple(name for name in sets.distilled if name in wanted),
+            tuple(name for name in sets.distilled if name in labels),
             real.test.classes,
             labels,
             on_test,
@@ -100,41 +100,11 @@ class LeaveOneOut:
             real.test.labels.hard(),
         )
 
-    def _populations(self, sets: Sets, key: Key) -> dict[str, Training]:
-        names = [*sets.distilled, *(["random_subset"] if sets.random else [])]
-        for name in self.only:
-            if name not in names:
-                raise UserError(f"leave_one_out: there is no set {name!r}", expected=", ".join(names))
-        chosen = [name for name in names if not self.only or name in self.only]
-        return {name: self._population(_points(sets, name), key) for name in chosen}
+    def _chosen(self, sets: Sets) -> dict[str, DistilledDataset]:
+        return chosen(sets, self.only, "leave_one_out")
 
-    def _population(self, distilled: DistilledDataset, key: Key) -> Training:
-        origin = distilled.decode.origin(distilled.stored)
-        points = len(distilled)
-        if points < 2:
-            raise UserError("leave_one_out: a set of one point leaves nothing to train on")
-        # Model 0 of an initialisation sees all points, model 1 + j all but j.
-        weights = torch.ones(points + 1, len(origin))
-        for j in range(points):
-            weights[j + 1, origin == j] = 0
-        keys = tuple(key.fold("init", s) for s in range(self.inits) for _ in range(points + 1))
-        recipe = self.recipe.but(batch=None)
-        return on(distilled, self.net, recipe, keys, weights=weights.repeat(self.inits, 1))
-
-    def _influence(self, population: Population, data: Dataset) -> torch.Tensor:
-        """Influence [inits, P, n] on each image's loss."""
-        losses = population.losses(data).view(self.inits, -1, len(data))
-        return losses[:, 1:] - losses[:, :1]
-
-
-def _points(sets: Sets, name: str) -> DistilledDataset:
-    return sets.everything()[name][0]
-
-
-def _first_copy(distilled: DistilledDataset) -> torch.Tensor:
-    """For each point the first image that it decodes to."""
-    origin = distilled.decode.origin(distilled.stored)
-    return torch.stack([(origin == j).nonzero()[0, 0] for j in range(len(distilled))])
+    def _training(self, one: DistilledDataset, key: Key) -> Training:
+        return without_each(one, self.net, self.recipe, self.inits, key)
 
 
 def _most_moved(effect: torch.Tensor, data: Dataset, top: int) -> torch.Tensor:
