@@ -62,6 +62,16 @@ def without_each(distilled: DistilledDataset, net: Net, recipe: Recipe, inits: i
     return without(distilled, groups, net, recipe, inits, key)
 
 
+def again(distilled: DistilledDataset, net: Net, recipe: Recipe, inits: int, key: Key) -> Training:
+    """Networks trained with all points once more, [inits], each point counted three times: the same mean, other rounding.
+
+    How far their losses are from those of the first training is what rounding alone does over a whole training.
+    """
+    images = len(distilled.decode.origin(distilled.stored))
+    keys = tuple(key.fold("init", s) for s in range(inits))
+    return on(distilled, net, recipe.but(batch=None), keys, weights=torch.full((inits, images), 3.0))
+
+
 def moved_losses(population: Population, inits: int, data: Dataset) -> torch.Tensor:
     """By how much each image's loss is higher without a group than with all points, [inits, groups, n].
 
@@ -69,6 +79,12 @@ def moved_losses(population: Population, inits: int, data: Dataset) -> torch.Ten
     """
     losses = population.losses(data).view(inits, -1, len(data))
     return losses[:, 1:] - losses[:, :1]
+
+
+def moved_hits(population: Population, inits: int, data: Dataset) -> torch.Tensor:
+    """Whether each image is right with all points and wrong without a group (1), or the reverse (-1): [inits, groups, n], int8."""
+    hits = (population.predictions(data) == data.labels.hard()).to(torch.int8).view(inits, -1, len(data))
+    return hits[:, :1] - hits[:, 1:]
 
 
 def first_copy(distilled: DistilledDataset) -> torch.Tensor:
