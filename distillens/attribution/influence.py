@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -50,6 +50,10 @@ class ExactInfluence:
             scores.append(torch.stack([(moved / (values + damping)) @ along.T for damping in self.dampings]))
         return torch.cat(scores, -1)
 
+    def passes(self, model: Trained, targets: int) -> int:
+        """Derivatives of one image that it takes, a product with a Hessian as two."""
+        return len(model.data) * (1 + 2 * model.shapes.size) + targets
+
 
 @dataclass(frozen=True)
 class GaussNewton:
@@ -60,18 +64,18 @@ class GaussNewton:
         (B'B / n + d)^-1 = (1 - B' (n d + B B')^-1 B) / d.
 
     A system of as many unknowns as images times classes: for a few distilled points and any number of parameters. Of a
-    convex loss of linear logits it is exact. ``layers`` are the starts of parameter names that are seen (all where it is empty).
+    convex loss of linear logits it is exact. ``layers`` says whether all parameters are seen or the last layer's alone.
 
     Source: Koh and Liang 2017 for the influence; Martens 2020, section 8, for the matrix; the dual is Woodbury's identity.
     """
 
     damped: ClassVar[bool] = True
     dampings: tuple[float, ...] = DAMPINGS
-    layers: tuple[str, ...] = ()
+    layers: Literal["all", "last"] = "all"
 
     def __call__(self, model: Trained, targets: Dataset) -> torch.Tensor:
         """The rise of each image's loss when a point is left out, [dampings, points, m]."""
-        columns = model.columns(self.layers)
+        columns = model.last_layer if self.layers == "last" else slice(None)
         rows = torch.cat([piece[:, columns] for piece in curved_rows(model)])
         n = len(model.data)
         kernel = rows @ rows.T
@@ -96,6 +100,10 @@ class GaussNewton:
             )
         return torch.cat(scores, -1)
 
+    def passes(self, model: Trained, targets: int) -> int:
+        """Derivatives of one image that it takes."""
+        return len(model.data) * (1 + model.data.k) + targets
+
 
 @dataclass(frozen=True)
 class ConjugateGradient:
@@ -118,6 +126,10 @@ class ConjugateGradient:
         solved = [_solve(product, damping, moved, self.steps, self.tolerance) for damping in self.dampings]
         pieces = [torch.stack([x @ z.T for x in solved]) for z in model.gradients(targets)]
         return torch.cat(pieces, -1)
+
+    def passes(self, model: Trained, targets: int) -> int:
+        """Derivatives of one image that it takes at most, a product with the matrix as two."""
+        return len(model.data) * (1 + 2 * self.steps * len(self.dampings) * model.points) + targets
 
 
 def _solve(
@@ -163,11 +175,8 @@ def curved_rows(model: Trained) -> Iterator[torch.Tensor]:
 
     Weight decay is not in it.
     """
-    start = 0
     for jacobians, logits in logit_jacobians(model.net, model.shapes, model.final, model.data, model.buffers):
-        root = _root(model.data, logits)
-        yield torch.einsum("nkc,nkp->ncp", root, jacobians).flatten(0, 1)
-        start += len(logits)
+        yield torch.einsum("nkc,nkp->ncp", _root(model.data, logits), jacobians).flatten(0, 1)
 
 
 def _root(data: Dataset, logits: torch.Tensor) -> torch.Tensor:

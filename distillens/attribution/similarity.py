@@ -27,6 +27,10 @@ class GradientDot:
         moved = model.point_gradients()
         return torch.cat([moved @ z.T for z in model.gradients(targets)], -1)[None]
 
+    def passes(self, model: Trained, targets: int) -> int:
+        """Derivatives of one image that it takes."""
+        return len(model.data) + targets
+
 
 @dataclass(frozen=True)
 class GradientCosine:
@@ -41,6 +45,10 @@ class GradientCosine:
         """Cosines, [1, points, m]."""
         moved = F.normalize(model.point_gradients(), dim=1)
         return torch.cat([moved @ F.normalize(z, dim=1).T for z in model.gradients(targets)], -1)[None]
+
+    def passes(self, model: Trained, targets: int) -> int:
+        """Derivatives of one image that it takes."""
+        return len(model.data) + targets
 
 
 @dataclass(frozen=True)
@@ -73,3 +81,7 @@ class TracIn:
             piece = torch.cat([moved @ z.T for z in model.gradients(targets, flat)], -1)
             total = total.to(piece) + lasting * sum(map(recipe.rate, range(t, until))) * piece
         return total[None]
+
+    def passes(self, model: Trained, targets: int) -> int:
+        """Derivatives of one image that it takes."""
+        return (len(model.moments) - 1) * (len(model.data) + targets)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -53,15 +54,16 @@ class Trained:
         """How many points there are."""
         return int(self.origin.max()) + 1
 
-    def columns(self, layers: Sequence[str]) -> torch.Tensor:
-        """The places in [P] of the parameters whose names start with one of ``layers``; all where it is empty."""
-        starts, found = 0, []
-        for name, shape in zip(self.shapes.names, self.shapes.shapes, strict=True):
-            size = int(torch.tensor(shape).prod())
-            if not layers or name.startswith(tuple(layers)):
-                found.append(torch.arange(starts, starts + size))
-            starts += size
-        return torch.cat(found)
+    @property
+    def last_layer(self) -> slice:
+        """The places in [P] of the last layer's parameters: those that share the last name before its dot."""
+        layer = self.shapes.names[-1].rpartition(".")[0]
+        sizes = [
+            math.prod(shape)
+            for name, shape in zip(self.shapes.names, self.shapes.shapes, strict=True)
+            if name.rpartition(".")[0] == layer
+        ]
+        return slice(self.shapes.size - sum(sizes), self.shapes.size)
 
     def point_gradients(self, flat: torch.Tensor | None = None) -> torch.Tensor:
         """By how much a point's weight in the mean loss moves its gradient, [points, P].
@@ -73,7 +75,7 @@ class Trained:
         moved = (each - each.mean(0)) / len(each)
         return moved.new_zeros(self.points, moved.shape[1]).index_add_(0, self.origin, moved)
 
-    def gradients(self, data: Dataset, flat: torch.Tensor | None = None):  # type: ignore[no-untyped-def]
+    def gradients(self, data: Dataset, flat: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
         """The gradient of each image's loss, some images at a time: [n', P]."""
         at = self.final if flat is None else flat
         return example_gradients(self.net, self.shapes, at, data, self.buffers)

@@ -46,6 +46,10 @@ class Unrolled:
         tangents = self._tangents(model)
         return torch.cat([-(tangents @ z.T) for z in model.gradients(targets)], -1)[None]
 
+    def passes(self, model: Trained, targets: int) -> int:
+        """Derivatives of one image that it takes, a product with a Hessian as two."""
+        return model.recipe.steps * len(model.data) * (2 + 2 * model.points) + targets
+
     def _tangents(self, model: Trained) -> torch.Tensor:
         """The derivative of the final parameters by each point's weight, [points, P]."""
         recipe, flat = model.recipe, model.snapshots[0]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from distillens.analyses.pointwise._agreement import correlation, ranks
 from distillens.analyses.pointwise._retrained import (
     again,
     chosen,
@@ -182,11 +183,11 @@ def self_agreement(effect: torch.Tensor) -> torch.Tensor:
 
     Empty with a single initialisation: nothing is known.
     """
-    ranks = _ranks(effect)
+    places = ranks(effect)
     pairs = list(combinations(range(len(effect)), 2))
     if not pairs:
         return effect.new_empty(0)
-    return torch.stack([_correlation(ranks[a], ranks[b]) for a, b in pairs]).mean(0)
+    return torch.stack([correlation(places[a], places[b]) for a, b in pairs]).mean(0)
 
 
 def point_agreement(effect: torch.Tensor) -> torch.Tensor:
@@ -205,16 +206,6 @@ def needed(agreement: float) -> float:
     if agreement <= 0:
         return math.inf
     return max(1.0, RELIABLE * (1 - agreement) / (agreement * (1 - RELIABLE)))
-
-
-def _ranks(values: torch.Tensor) -> torch.Tensor:
-    return values.argsort(-1).argsort(-1).double()
-
-
-def _correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    a = a - a.mean(-1, keepdim=True)
-    b = b - b.mean(-1, keepdim=True)
-    return torch.div((a * b).sum(-1), (a.norm(dim=-1) * b.norm(dim=-1)).clamp(min=1e-12))
 
 
 @dataclass(frozen=True, eq=False)
