@@ -107,13 +107,14 @@ class Estimators:
         found: dict[str, SetScores] = {}
         for name, one in self._chosen(sets).items():
             single, halves, seen = runs.get(*self._training(one, key))
+            members = self._members(one, key)
             loss_test, loss_val = (
-                halves.losses(data).view(self.inits, self.subsets, -1) for data in (test, val)
+                halves.losses(data).view(self.inits, len(members), -1) for data in (test, val)
             )
             found[name] = self._scores(
                 one,
                 seen,
-                Truth(self._members(one, key), loss_val, loss_test, moved_losses(single, self.inits, test)),
+                Truth(members, loss_val, loss_test, moved_losses(single, self.inits, test)),
                 test,
                 val,
             )
@@ -134,12 +135,25 @@ class Estimators:
         return chosen(sets, self.only, "estimators")
 
     def _members(self, one: DistilledDataset, key: Key) -> torch.Tensor:
-        """Which points each random half holds, [subsets, P]."""
+        """Which points each random half holds, [subsets, P]; no half twice, so fewer of a set of few points."""
         points = len(one)
-        member = torch.zeros(self.subsets, points)
-        for i in range(self.subsets):
-            member[i, key.fold("subset", i).permutation(points)[: max(1, points // 2)]] = 1
-        return member
+        there_are = math.comb(points, points // 2)
+        if there_are < 2 * BLOCKS:
+            raise UserError(
+                "estimators: the set has too few points to tell subsets apart",
+                got=f"{points} points, {there_are} halves",
+                expected=f"{2 * BLOCKS} halves or more (6 points)",
+            )
+        halves: dict[tuple[int, ...], None] = {}  # in the order drawn
+        draw = 0
+        while len(halves) < min(self.subsets, there_are):
+            half = key.fold("subset", draw).permutation(points)[: points // 2]
+            halves[tuple(half.sort().values.tolist())] = None
+            draw += 1
+        members = torch.zeros(len(halves), points)
+        for row, half_points in zip(members, halves, strict=True):
+            row[list(half_points)] = 1
+        return members
 
     def _training(self, one: DistilledDataset, key: Key) -> list[Training]:
         asked = self.net, self.recipe, self.inits, key
@@ -159,7 +173,7 @@ class Estimators:
         origin = one.decode.origin(one.stored)
         data, recipe = one.dataset(), self.recipe.but(batch=None)
         models = [Trained.of(seen, s, data, origin, recipe) for s in range(self.inits)]
-        first, second = torch.arange(self.subsets).tensor_split(2)
+        first, second = torch.arange(len(truth.members)).tensor_split(2)
         found = SetScores(truth.ceilings(second))
         everything = test.joined(val)
         for name in self.estimators:
