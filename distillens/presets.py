@@ -13,8 +13,8 @@ class Preset:
     """A design of a study by name.
 
     ``analyses`` are asked in this order, all there are where it is empty. ``published`` asks them by the paper's
-    protocol in place of the defaults for the data. ``whole`` lists the sizes at which leave-one-out is asked of every
-    method; at others it is asked of the first method only (it retrains once a point). ``inits`` are its initialisations.
+    protocol in place of the defaults for the data. ``whole`` lists the sizes at which single points are asked about in
+    every method; at others in the first method only (they retrain once a point). ``inits`` are their initialisations.
     """
 
     name: str

@@ -145,9 +145,10 @@ class Study:
                 changes["protocol"] = replace(changes["protocol"], nets=NETS_OF_ONE)
             if "nets" in settings_of(analysis):
                 changes["nets"] = NETS_OF_ONE
-        if name == "pointwise/leave_one_out" and not self.preset.published:
+        if name.startswith("pointwise/") and not self.preset.published:
             whole = self.preset.whole is None or ipc in self.preset.whole
-            changes |= {"inits": self.preset.inits, "only": () if whole else self.subjects[:1]}
+            wanted = {"inits": self.preset.inits, "only": () if whole else self.subjects[:1]}
+            changes |= {key: value for key, value in wanted.items() if key in settings_of(analysis)}
         return replace(analysis, **changes)
 
     @property

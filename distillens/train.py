@@ -21,7 +21,7 @@ from distillens.core.config import describe
 from distillens.core.contracts import Buffers, Mode, Net, Params, logits_of_many
 from distillens.core.dataset import Dataset
 from distillens.core.labels import Teacher
-from distillens.core.recipe import WARM_UP, Recipe
+from distillens.core.recipe import Recipe
 from distillens.core.rng import Key
 from distillens.core.storage import fingerprint
 from distillens.core.vector import Shapes
@@ -544,32 +544,11 @@ class _Optimiser:
         self.second = torch.zeros_like(flat)
         self.started = 0  # the step at which the moments were last emptied
 
-    def rate(self, step: int) -> float:
-        """The learning rate of a step."""
-        lr, steps = self.recipe.lr, self.recipe.steps
-        match self.recipe.schedule:
-            case "tenth_at_half":
-                return 0.1 * lr if step > steps // 2 else lr
-            case "fifth_at_4_and_5_sixths":
-                return lr * 0.2 ** sum(step >= i * steps // 6 for i in (4, 5))
-            case "half_at_fifths":
-                return lr * 0.5 ** sum(step >= i * steps // 5 for i in (1, 2, 3, 4))
-            case "cosine":
-                return lr * 0.5 * (1 + math.cos(math.pi * step / steps))
-            case "half_cosine":
-                return lr * 0.5 * (1 + math.cos(math.pi * step / steps / 2))
-            case "warm_up_cosine":
-                rising = min(WARM_UP, steps // 2)
-                if step < rising:
-                    return lr * step / rising
-                return lr * 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising)))
-        return lr
-
     def step(self, flat: torch.Tensor, gradient: torch.Tensor, step: int, rate: float | None) -> torch.Tensor:
         """The parameters after a step; ``rate`` overrides the recipe's."""
         recipe = self.recipe
-        lr = self.rate(step) if rate is None else rate
-        if recipe.schedule == "tenth_at_half" and step == recipe.steps // 2 + 1:
+        lr = recipe.rate(step) if rate is None else rate
+        if recipe.empties_momentum(step):
             self.first.zero_()
             self.second.zero_()
             self.started = step

@@ -178,7 +178,9 @@ def _converted(kind: Any, text: str, whole: str) -> Any:
     except PydanticSchemaGenerationError as error:  # settings objects in a tuple, say
         raise UserError(f"setting {whole!r} cannot be written as text", fix="set it from Python") from error
     given: Any = text
-    if str(kind).startswith("tuple"):
+    if str(kind).startswith("tuple[tuple"):
+        given = [part.split() for part in text.split(",") if part.strip()]
+    elif str(kind).startswith("tuple"):
         given = [part for part in re.split(r"[,\s]+", text) if part]
     try:
         return adapter.validate_python(given)

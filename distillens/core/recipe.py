@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -73,6 +74,31 @@ class Recipe:
             at_least(1, "recipe", batch=self.batch)
         one_of("optimiser", self.optimiser, OPTIMISERS)
         one_of("schedule", self.schedule, SCHEDULES)
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        lr, steps = self.lr, self.steps
+        match self.schedule:
+            case "tenth_at_half":
+                return 0.1 * lr if step > steps // 2 else lr
+            case "fifth_at_4_and_5_sixths":
+                return lr * 0.2 ** sum(step >= i * steps // 6 for i in (4, 5))
+            case "half_at_fifths":
+                return lr * 0.5 ** sum(step >= i * steps // 5 for i in (1, 2, 3, 4))
+            case "cosine":
+                return lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+            case "half_cosine":
+                return lr * 0.5 * (1 + math.cos(math.pi * step / steps / 2))
+            case "warm_up_cosine":
+                rising = min(WARM_UP, steps // 2)
+                if step < rising:
+                    return lr * step / rising
+                return lr * 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising)))
+        return lr
+
+    def empties_momentum(self, step: int) -> bool:
+        """Whether the optimiser starts anew at a step."""
+        return self.schedule == "tenth_at_half" and step == self.steps // 2 + 1
 
     def but(self, **changes: object) -> Recipe:
         """The same recipe with some fields changed."""

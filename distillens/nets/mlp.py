@@ -19,6 +19,8 @@ from distillens.nets._layers import uniform
 class MLP:
     """``depth`` hidden layers of ``width`` ReLU units on the flattened image, then one linear layer.
 
+    Without hidden layers it is softmax regression on the pixels.
+
     Source: Zhao et al. 2021 (``networks.py``: two hidden layers of 128). PyTorch's default initialisation.
     """
 
@@ -28,7 +30,8 @@ class MLP:
     width: int = 128
 
     def __post_init__(self) -> None:
-        at_least(1, "mlp", depth=self.depth, width=self.width)
+        at_least(0, "mlp", depth=self.depth)
+        at_least(1, "mlp", width=self.width)
 
     @classmethod
     def defaults(cls, like: Like) -> MLP:

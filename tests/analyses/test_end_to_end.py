@@ -10,7 +10,6 @@ import torch
 from distillens import pipeline
 from distillens.analyses.behaviour.accuracy import Accuracy
 from distillens.analyses.behaviour.mixing import Mixing
-from distillens.analyses.pointwise.leave_one_out import LeaveOneOut
 from distillens.core.artefact import DistilledDataset
 from distillens.core.contracts import Sets
 from distillens.core.dataset import Dataset, Splits
@@ -59,52 +58,6 @@ def test_real_images_beat_the_noise_that_a_set_started_from(digits: Splits, runs
     sets = Sets({"a": own}, {"random_subset": subsets(digits, "base", 5)}, {"a": noise})
     result = Accuracy(Protocol("short", "", SHORT), TINY)(sets, digits, runs, key=KEY)
     assert claims(result)["a", "beats its start"] == "supported"
-
-
-def test_influence_of_real_points_stays_in_class(digits: Splits, runs: Runs) -> None:
-    # The claim's positive control: it is as true of a real subset.
-    result = LeaveOneOut(TINY, SHORT, inits=2)(Sets({"a": subsets(digits, "c", 1)}), digits, runs, key=KEY)
-    assert claims(result)["a", "influence stays in class"] == "supported"
-
-
-def test_leave_one_out_equals_retraining_on_the_smaller_set(digits: Splits, runs: Runs) -> None:
-    from distillens.train import on, train
-
-    one = subset(digits, KEY.fold("loo"))
-    analysis = LeaveOneOut(TINY, Recipe(steps=15, lr=0.05), inits=2)
-    (training,) = analysis.trainings(Sets({"a": (one,)}), digits, key=KEY)
-    double = Plan(precision="float64")
-    population = train(training, double)
-    influence = analysis._influence(population, digits.test)
-    for s, j in ((0, 0), (1, 7)):
-        key = (KEY.fold("init", s),)
-        without = train(on(one.without(j), TINY, analysis.recipe, key), double).losses(digits.test)
-        whole = train(on(one, TINY, analysis.recipe, key), double).losses(digits.test)
-        assert torch.allclose(influence[s, j], (without - whole)[0], atol=1e-9)
-
-
-def test_leave_one_out_shows_the_images_that_it_names(digits: Splits, runs: Runs) -> None:
-    analysis = LeaveOneOut(TINY, SHORT, inits=3, top=4)
-    sets = Sets({"means": (class_means(digits),)}, {"random_subset": subsets(digits, "b", 1)})
-    result = analysis(sets, digits, runs, key=KEY)
-    mean = result.mean_influence("means")
-    best = mean[3].argmax()
-    shown = digits.space.from_pixels(result.most_test["means"][3, :1])
-    assert torch.allclose(shown[0], digits.test.images[best], atol=1e-5)
-    assert result.influence["random_subset"].shape == (3, 10, len(digits.test))
-    assert claims(result)["means", "influence stays in class"] == "supported"
-    assert torch.isfinite(result.standard_error("means")).all()
-
-
-def test_a_mislabelled_point_is_the_most_harmful(digits: Splits, runs: Runs) -> None:
-    base = subset(digits, KEY.fold("mislabel"), ipc=2)
-    labels = base.labels.hard().clone()
-    labels[5] = 9
-    wrong = replace(base, labels=Hard(labels))
-    result = LeaveOneOut(TINY, Recipe(steps=150, lr=0.03), inits=3)(
-        Sets({"a": (wrong,)}), digits, runs, key=KEY
-    )
-    assert int(result.mean_influence("a").mean(1).argmin()) == 5
 
 
 def test_neutral_chooses_on_validation_and_never_on_test(digits: Splits, runs: Runs) -> None:

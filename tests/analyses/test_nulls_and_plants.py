@@ -14,8 +14,6 @@ from scipy.optimize import brentq
 from scipy.stats import nct, t
 
 from distillens.analyses.behaviour.accuracy import AccuracyResult
-from distillens.analyses.pointwise.leave_one_out import LeaveOneOutResult, own_class_share, self_agreement
-from distillens.core.dataset import Splits
 from distillens.core.result import Claim
 from distillens.core.rng import Key
 from distillens.core.storage import read_tensors
@@ -82,44 +80,3 @@ def test_a_gain_that_five_pairs_can_see_is_found(bank: dict[str, torch.Tensor], 
         other = values[order[REPLICATES : 2 * REPLICATES], 0]
         found.append(accuracy_claim(own, other, "random_subset", "beats random"))
     assert supported(found) >= 180
-
-
-def influence_claims(influence: torch.Tensor, real: Splits) -> dict[str, Claim]:
-    points = influence.shape[1]
-    labels = torch.arange(10).repeat_interleave(points // 10)
-    result = LeaveOneOutResult(
-        ("dm",),
-        real.test.classes,
-        {"dm": labels},
-        {"dm": influence},
-        {"dm": self_agreement(influence)},
-        {"dm": own_class_share(influence.mean(0), labels, real.test)},
-        {},
-        {},
-        {},
-        real.test.labels.hard(),
-    )
-    return {claim.name: claim for claim in result.claims()}
-
-
-def test_influences_of_noise_neither_repeat_nor_stay_in_class(digits: Splits) -> None:
-    n = 100
-    small = Splits(digits.train, digits.val, digits.test.take(torch.arange(n)))
-    claims = [influence_claims(SEED.fold("influence", i).normal(3, 10, n), small) for i in range(DRAWS)]
-    assert supported([c["influence repeats"] for c in claims]) <= ALARMS
-    assert supported([c["influence stays in class"] for c in claims]) <= ALARMS
-
-
-def test_planted_influence_repeats_and_stays_in_class(digits: Splits) -> None:
-    own = (torch.arange(10)[:, None] == digits.test.labels.hard()[None]).float()
-    noise = SEED.fold("planted influence").normal(3, 10, len(digits.test))
-    common = SEED.fold("common").normal(1, 10, len(digits.test))
-    claims = influence_claims(own + common + 0.3 * noise, digits)
-    assert claims["influence repeats"].verdict == "supported"
-    assert claims["influence stays in class"].verdict == "supported"
-
-
-def test_real_noise_with_a_weak_common_part_is_not_called_reliable(digits: Splits) -> None:
-    noise = SEED.fold("weak").normal(3, 10, len(digits.test))
-    common = 0.3 * SEED.fold("weak common").normal(1, 10, len(digits.test))
-    assert influence_claims(noise + common, digits)["influence repeats"].verdict == "not supported"

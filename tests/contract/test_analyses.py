@@ -18,6 +18,7 @@ from distillens.analyses.behaviour.ranking import Ranking
 from distillens.analyses.behaviour.recognition import Recognition
 from distillens.analyses.behaviour.robustness import Robustness
 from distillens.analyses.behaviour.sensitivity import Sensitivity
+from distillens.analyses.pointwise.estimators import Estimators
 from distillens.analyses.pointwise.leave_one_out import LeaveOneOut
 from distillens.analyses.representativeness.clock import Clock
 from distillens.analyses.representativeness.curvature import Curvature
@@ -55,6 +56,9 @@ TINY: dict[str, Any] = {
         Protocol("short", "", SHORT), NET, ("contrast", "jpeg"), (3,), (8 / 255,), steps=2, attacked=20
     ),
     "behaviour/sensitivity": Sensitivity((("lr", "x3"), ("steps", "x2")), (), SHORT, NET, full=1),
+    "pointwise/estimators": Estimators(
+        NET, SHORT, inits=2, subsets=16, images=20, estimators=("trak", "last_layer", "tracin")
+    ),
     "pointwise/leave_one_out": LeaveOneOut(NET, SHORT, inits=2),
     "representativeness/clock": Clock(NET, SHORT, SHORT, moments=6, trajectories=2, looks=4, tested=100),
     "representativeness/curvature": Curvature(

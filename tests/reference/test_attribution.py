@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from distillens import attribution
-from distillens.attribution import example_gradients, mean_gradient
+from distillens.attribution.gradients import example_gradients, mean_gradient
 from distillens.core.dataset import Dataset
 from distillens.core.labels import Hard, Labels, Logits, Probabilities, Targets
 from distillens.core.rng import Key

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from distillens.analyses.pointwise._agreement import correlation, ranks
+from distillens.analyses.pointwise._retrained import (
+    again,
+    chosen,
+    first_copy,
+    moved_hits,
+    moved_losses,
+    without,
+    without_each,
+)
 from distillens.core.artefact import DistilledDataset
 from distillens.core.checks import UserError, at_least
-from distillens.core.contracts import Net, Sets
+from distillens.core.contracts import RANDOM, Net, Sets
 from distillens.core.dataset import Dataset, Splits
 from distillens.core.palette import colour
 from distillens.core.recipe import Recipe
@@ -19,21 +30,30 @@ from distillens.core.result import Claim, Estimate, Result, Table
 from distillens.core.rng import Key
 from distillens.nets.convnet import ConvNet
 from distillens.runs import Runs
-from distillens.train import Population, Training, on
+from distillens.train import Training
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+ENDS = 5  # points shown from each end of the order
+POINT, INIT = "distilled point", "initialisation"
+RELIABLE = 0.8  # of a mean over initialisations: the correlation with the same from others that a stable answer needs
+
+
 @dataclass(frozen=True)
 class LeaveOneOut:
-    """Retraining without each stored point, from several initialisations.
+    """Retraining without each stored point, from several initialisations; and without whole groups of them.
 
     The influence of point j on a real image is the image's loss without j minus its loss with all points: positive
     where j helps. All retrainings of an initialisation start from the same parameters, so they are differences
-    of like with like; initialisations are averaged, and how far they agree is reported first.
+    of like with like; initialisations are averaged, and how far they agree is reported first. Influence on correctness is
+    1 where the image is right with all points and wrong without, -1 where the reverse.
 
-    Replicate 0 of each set is taken: 1 + P trainings an initialisation and set. The random real subset goes
+    Each class of more than one point is left out as a whole too, and each of ``groups`` (the points' numbers).
+    A last network of each initialisation is trained with all points under other rounding: what moves it is no influence.
+
+    Replicate 0 of each set is taken: 2 + P trainings an initialisation and set. The random real subset goes
     through the same pipeline. ``only`` keeps the named sets (all where empty). Influence is measured on the whole
     test split and on ``train_images`` random training images.
 
@@ -48,10 +68,18 @@ class LeaveOneOut:
     inits: int = 3
     top: int = 9
     train_images: int = 2000
+    groups: tuple[tuple[int, ...], ...] = ()
     only: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         at_least(1, "leave_one_out", inits=self.inits, top=self.top, train_images=self.train_images)
+        for group in self.groups:
+            if len(set(group)) < 2 or min(group) < 0:
+                raise UserError(
+                    "leave_one_out: a group names two points or more by their numbers, from 0",
+                    got=repr(group),
+                    fix="single points are left out anyway",
+                )
 
     @classmethod
     def defaults(cls, like: Dataset) -> LeaveOneOut:
@@ -64,77 +92,75 @@ class LeaveOneOut:
         return cls(ConvNet.defaults(like), inits=2)
 
     def trainings(self, sets: Sets, real: Splits, *, key: Key) -> list[Training]:
-        """One population a set."""
-        return list(self._populations(sets, key).values())
+        """The populations of each set."""
+        return [t for one in self._chosen(sets).values() for t in self._training(one, key)]
 
     def __call__(self, sets: Sets, real: Splits, runs: Runs, *, key: Key) -> LeaveOneOutResult:
         """The influences."""
         sets.check_against(real)
-        wanted = self._populations(sets, key)
-        runs.make(wanted.values())
-        on_test, labels, agreement, shared = {}, {}, {}, {}
-        most_test, most_train = {}, {}
+        runs.make(self.trainings(sets, real, key=key))
         train = real.train.take(key.fold("train images").permutation(len(real.train))[: self.train_images])
-        for name, training in wanted.items():
-            (population,) = runs.get(training)
-            effect = self._influence(population, real.test)  # [inits, P, n]
-            labels[name] = _points(sets, name).labels.hard()
-            on_test[name] = effect
-            agreement[name] = self_agreement(effect)
-            shared[name] = own_class_share(effect.mean(0), labels[name], real.test)
-            most_test[name] = _most_moved(effect.mean(0), real.test, self.top)
-            most_train[name] = _most_moved(self._influence(population, train).mean(0), train, self.top)
-        pictures = {
-            name: _points(sets, name).dataset().pixels()[_first_copy(_points(sets, name))] for name in wanted
-        }
+        found: dict[str, dict[str, Any]] = {}
+        for name, one in self._chosen(sets).items():
+            single, once_more, *grouped = runs.get(*self._training(one, key))
+            effect = moved_losses(single, self.inits, real.test)  # [inits, P, n]
+            first = single.losses(real.test).view(self.inits, -1, len(real.test))[:, 0]
+            labels = one.labels.hard()
+            groups = self._groups(one)
+            found[name] = {
+                "labels": labels,
+                "influence": effect,
+                "correctness": moved_hits(single, self.inits, real.test),
+                "rounding": once_more.losses(real.test) - first,
+                "group_names": tuple(groups),
+                "grouped": torch.cat(
+                    [
+                        p.losses(real.test).view(self.inits, -1, len(real.test)) - first[:, None]
+                        for p in grouped
+                    ]
+                    or [effect[:, :0]],
+                    1,
+                ),
+                "members": tuple(groups.values()),
+                "agreement": self_agreement(effect),
+                "shared": own_class_share(effect.mean(0), labels, real.test),
+                "points": one.dataset().pixels()[first_copy(one)],
+                "most_test": _most_moved(effect.mean(0), real.test, self.top),
+                "most_train": _most_moved(moved_losses(single, self.inits, train).mean(0), train, self.top),
+            }
         return LeaveOneOutResult(
-            tuple(name for name in sets.distilled if name in wanted),
-            real.test.classes,
-            labels,
-            on_test,
-            agreement,
-            shared,
-            pictures,
-            most_test,
-            most_train,
-            real.test.labels.hard(),
+            distilled=tuple(name for name in sets.distilled if name in found),
+            classes=real.test.classes,
+            test_labels=real.test.labels.hard(),
+            **{part: {name: one[part] for name, one in found.items()} for part in next(iter(found.values()))},
         )
 
-    def _populations(self, sets: Sets, key: Key) -> dict[str, Training]:
-        names = [*sets.distilled, *(["random_subset"] if sets.random else [])]
-        for name in self.only:
-            if name not in names:
-                raise UserError(f"leave_one_out: there is no set {name!r}", expected=", ".join(names))
-        chosen = [name for name in names if not self.only or name in self.only]
-        return {name: self._population(_points(sets, name), key) for name in chosen}
+    def _chosen(self, sets: Sets) -> dict[str, DistilledDataset]:
+        return chosen(sets, self.only, "leave_one_out")
 
-    def _population(self, distilled: DistilledDataset, key: Key) -> Training:
-        origin = distilled.decode.origin(distilled.stored)
-        points = len(distilled)
-        if points < 2:
-            raise UserError("leave_one_out: a set of one point leaves nothing to train on")
-        # Model 0 of an initialisation sees all points, model 1 + j all but j.
-        weights = torch.ones(points + 1, len(origin))
-        for j in range(points):
-            weights[j + 1, origin == j] = 0
-        keys = tuple(key.fold("init", s) for s in range(self.inits) for _ in range(points + 1))
-        recipe = self.recipe.but(batch=None)
-        return on(distilled, self.net, recipe, keys, weights=weights.repeat(self.inits, 1))
+    def _groups(self, one: DistilledDataset) -> dict[str, tuple[int, ...]]:
+        """The groups of a set that are left out as a whole, by name."""
+        labels = one.labels.hard()
+        members = [(labels == c).nonzero().flatten().tolist() for c in range(len(one.classes))]
+        groups = {one.classes[c]: tuple(own) for c, own in enumerate(members) if 1 < len(own) < len(one)}
+        for group in self.groups:
+            if max(group) >= len(one) or len(set(group)) >= len(one):
+                raise UserError(
+                    "leave_one_out: a group does not fit the set",
+                    got=repr(group),
+                    expected=f"some of the points 0 to {len(one) - 1}, not all",
+                )
+            if set(group) not in map(set, groups.values()):
+                groups["points " + " ".join(map(str, group))] = group
+        return groups
 
-    def _influence(self, population: Population, data: Dataset) -> torch.Tensor:
-        """Influence [inits, P, n] on each image's loss."""
-        losses = population.losses(data).view(self.inits, -1, len(data))
-        return losses[:, 1:] - losses[:, :1]
-
-
-def _points(sets: Sets, name: str) -> DistilledDataset:
-    return sets.everything()[name][0]
-
-
-def _first_copy(distilled: DistilledDataset) -> torch.Tensor:
-    """For each point the first image that it decodes to."""
-    origin = distilled.decode.origin(distilled.stored)
-    return torch.stack([(origin == j).nonzero()[0, 0] for j in range(len(distilled))])
+    def _training(self, one: DistilledDataset, key: Key) -> list[Training]:
+        asked = one, self.net, self.recipe, self.inits, key
+        found = [without_each(*asked), again(*asked)]
+        groups = self._groups(one)
+        if groups:
+            found.append(without(one, groups.values(), self.net, self.recipe, self.inits, key))
+        return found
 
 
 def _most_moved(effect: torch.Tensor, data: Dataset, top: int) -> torch.Tensor:
@@ -157,36 +183,38 @@ def self_agreement(effect: torch.Tensor) -> torch.Tensor:
 
     Empty with a single initialisation: nothing is known.
     """
-    ranks = _ranks(effect)
+    places = ranks(effect)
     pairs = list(combinations(range(len(effect)), 2))
     if not pairs:
         return effect.new_empty(0)
-    return torch.stack([_correlation(ranks[a], ranks[b]) for a, b in pairs]).mean(0)
+    return torch.stack([correlation(places[a], places[b]) for a, b in pairs]).mean(0)
 
 
-def point_agreement(effect: torch.Tensor) -> float:
-    """The rank correlation over *points*, averaged over images and pairs of initialisations.
+def point_agreement(effect: torch.Tensor) -> torch.Tensor:
+    """For each image the rank correlation [n] of its influences over *points*, averaged over pairs of initialisations.
 
-    The measure under which leave-one-out on 100 real digits reached 0.05 to 0.10.
+    The measure under which leave-one-out on 100 real digits reached 0.05 to 0.10. Empty with a single initialisation.
     """
-    ranks = _ranks(effect.transpose(1, 2))
-    pairs = list(combinations(range(len(effect)), 2))
-    return float(torch.stack([_correlation(ranks[a], ranks[b]).mean() for a, b in pairs]).mean())
+    return self_agreement(effect.transpose(1, 2))
 
 
-def _ranks(values: torch.Tensor) -> torch.Tensor:
-    return values.argsort(-1).argsort(-1).double()
+def needed(agreement: float) -> float:
+    """Initialisations whose mean agrees to ``RELIABLE`` with that of as many others, from the agreement of single ones.
 
-
-def _correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    a = a - a.mean(-1, keepdim=True)
-    b = b - b.mean(-1, keepdim=True)
-    return torch.div((a * b).sum(-1), (a.norm(dim=-1) * b.norm(dim=-1)).clamp(min=1e-12))
+    Spearman and Brown's formula; infinite where single ones do not agree at all.
+    """
+    if agreement <= 0:
+        return math.inf
+    return max(1.0, RELIABLE * (1 - agreement) / (agreement * (1 - RELIABLE)))
 
 
 @dataclass(frozen=True, eq=False)
 class LeaveOneOutResult(Result):
-    """Influences on test images [inits, P, n] by set, what they agree on, and the images they move most."""
+    """Influences on test images [inits, P, n] by set, what they agree on, and the images they move most.
+
+    ``rounding`` [inits, n] is how far rounding alone moves the loss of each image, ``grouped`` [inits, groups, n] how far
+    leaving out each of ``members`` does.
+    """
 
     analysis: ClassVar[str] = "pointwise/leave_one_out"
     title: ClassVar[str] = "Leave-one-out influence"
@@ -194,14 +222,19 @@ class LeaveOneOutResult(Result):
 
     distilled: tuple[str, ...]
     classes: tuple[str, ...]
+    test_labels: torch.Tensor
     labels: Mapping[str, torch.Tensor]
     influence: Mapping[str, torch.Tensor]
+    correctness: Mapping[str, torch.Tensor]
+    rounding: Mapping[str, torch.Tensor]
+    group_names: Mapping[str, tuple[str, ...]]
+    grouped: Mapping[str, torch.Tensor]
+    members: Mapping[str, tuple[tuple[int, ...], ...]]
     agreement: Mapping[str, torch.Tensor]
     shared: Mapping[str, torch.Tensor]
     points: Mapping[str, torch.Tensor]
     most_test: Mapping[str, torch.Tensor]
     most_train: Mapping[str, torch.Tensor]
-    test_labels: torch.Tensor
 
     def mean_influence(self, name: str) -> torch.Tensor:
         """Influence [P, n] averaged over initialisations."""
@@ -214,16 +247,37 @@ class LeaveOneOutResult(Result):
             return torch.full_like(effect[0], torch.inf)
         return torch.div(effect.std(0), len(effect) ** 0.5)
 
+    def floor(self, name: str) -> torch.Tensor:
+        """What rounding alone does to each image's mean influence [n]: its root mean square, over the root of the initialisations."""
+        moved = self.rounding[name]
+        return torch.div(moved.square().mean(0).sqrt(), len(moved) ** 0.5)
+
     def reliability(self, name: str) -> Estimate:
         """Rank correlation of influences between initialisations, over images, one value a point."""
-        values = self.agreement[name].tolist()
-        if not values:
-            return Estimate(0.0, float("-inf"), float("inf"), 0, "distilled point")
-        return Estimate.mean(values, "distilled point")
+        return _mean_or_nothing(self.agreement[name], POINT)
+
+    def over_points(self, name: str) -> Estimate:
+        """Rank correlation of influences between initialisations, over points, one value a test image."""
+        return _mean_or_nothing(point_agreement(self.influence[name]), "test image")
+
+    def beyond_real(self, name: str) -> Estimate | None:
+        """The agreement of a set's points minus that of real images in their place; Welch's interval over points.
+
+        None where there is no random subset, or a single initialisation.
+        """
+        if RANDOM not in self.agreement or not len(self.agreement[name]):
+            return None
+        own, real = self.agreement[name], self.agreement[RANDOM]
+        parts = {"points": own.tolist(), "real": real.tolist()}
+        return Estimate.components(float(own.mean() - real.mean()), parts, POINT)
 
     def stays(self, name: str) -> Estimate:
         """Share of positive influence on the own class minus that class's share of the images."""
-        return Estimate.mean(self.shared[name].tolist(), "distilled point")
+        return Estimate.mean(self.shared[name].tolist(), POINT)
+
+    def total(self, name: str, point: int) -> Estimate:
+        """By how much a point lowers the mean test loss, over initialisations."""
+        return Estimate.mean(self.influence[name][:, point].mean(1).tolist(), INIT)
 
     def headline(self) -> dict[str, Estimate]:
         """Reliability and own-class share of each set."""
@@ -233,7 +287,7 @@ class LeaveOneOutResult(Result):
         return found | {f"{name}: own-class share above chance": self.stays(name) for name in self.influence}
 
     def claims(self) -> tuple[Claim, ...]:
-        """Influences repeat between initialisations, and stay in the point's class."""
+        """Influences repeat between initialisations, more than those of real images, and stay in the point's class."""
         claims = []
         for name in self.distilled:
             claims += [
@@ -259,23 +313,45 @@ class LeaveOneOutResult(Result):
                     "paper T9",
                 ),
             ]
+            beyond = self.beyond_real(name)
+            if beyond is not None:
+                claims.append(
+                    Claim(
+                        "repeats more than real",
+                        name,
+                        "its points' influence agrees between initialisations more than that of real images",
+                        beyond,
+                        "greater",
+                        0.0,
+                        "another random real subset in the set's place",
+                        "influence with half of the noise of that in the subset's place",
+                    )
+                )
         return tuple(claims)
 
     def tables(self) -> tuple[Table, ...]:
-        """Reliability two ways, and the share of influences that are helpful."""
+        """Reliability two ways, the errors of single entries, the strongest points, whole classes left out."""
+        return (
+            self._trust(),
+            self._entries(),
+            *(self._strongest(name) for name in self.distilled),
+            *(self._groups(name) for name in self.distilled if self.members[name]),
+        )
+
+    def _trust(self) -> Table:
         rows: list[tuple[str | int | Estimate, ...]] = []
         for name, effect in self.influence.items():
-            over_points = f"{point_agreement(effect):.3f}" if len(effect) > 1 else "one initialisation"
-            clear = (self.mean_influence(name).abs() > 2 * self.standard_error(name)).double().mean()
+            over_images, over_points = self.reliability(name), self.over_points(name)
             rows.append(
                 (
                     name,
                     effect.shape[1],
                     effect.shape[0],
-                    self.reliability(name),
+                    over_images,
+                    _count(over_images),
                     over_points,
+                    _count(over_points),
                     self.stays(name),
-                    f"{float(clear):.2f}",
                 )
             )
         columns = (
@@ -283,11 +359,80 @@ class LeaveOneOutResult(Result):
             "points",
             "initialisations",
             "agreement over images",
+            f"initialisations for {RELIABLE:g}",
             "agreement over points",
+            f"initialisations for {RELIABLE:g} of these",
             "own-class share above chance",
-            "entries beyond 2 standard errors",
         )
-        return (Table("How far influences can be trusted, and where they fall", columns, tuple(rows)),)
+        return Table("How far influences can be trusted, and where they fall", columns, tuple(rows))
+
+    def _entries(self) -> Table:
+        rows: list[tuple[str | int | Estimate, ...]] = []
+        for name in self.influence:
+            mean, error = self.mean_influence(name), self.standard_error(name)
+            clear = (mean.abs() > 2 * error).double().mean(1)
+            flipped = self.correctness[name].double()
+            rows.append(
+                (
+                    name,
+                    Estimate.mean(mean.abs().mean(1).tolist(), POINT),
+                    Estimate.mean(error.mean(1).tolist(), POINT)
+                    if len(self.influence[name]) > 1
+                    else "unknown",
+                    Estimate.mean(self.floor(name).tolist(), "test image"),
+                    Estimate.mean(clear.tolist(), POINT),
+                    Estimate.mean(flipped.clamp(min=0).mean((0, 2)).tolist(), POINT),
+                    Estimate.mean((-flipped).clamp(min=0).mean((0, 2)).tolist(), POINT),
+                )
+            )
+        columns = (
+            "set",
+            "size of an influence on a loss",
+            "its standard error",
+            "what rounding alone does",
+            "share beyond 2 standard errors",
+            "share of images lost without a point",
+            "share of images gained",
+        )
+        return Table("Single influences beside their errors", columns, tuple(rows))
+
+    def _strongest(self, name: str) -> Table:
+        totals = self.mean_influence(name).mean(1)
+        order = totals.argsort(descending=True).tolist()
+        ends = order if len(order) <= 2 * ENDS else [*order[:ENDS], *order[-ENDS:]]
+        rows = tuple((j, self.classes[int(self.labels[name][j])], self.total(name, j)) for j in ends)
+        return Table(
+            f"{name}: the most helpful points, and the least helpful or most harmful",
+            ("point", "class", "lowers the mean test loss by"),
+            rows,
+        )
+
+    def _groups(self, name: str) -> Table:
+        single = self.influence[name]
+        rows: list[tuple[str | int | Estimate, ...]] = []
+        for g, (label, members) in enumerate(zip(self.group_names[name], self.members[name], strict=True)):
+            together = self.grouped[name][:, g]
+            own = torch.isin(self.test_labels, self.labels[name][list(members)])
+            apart = single[:, list(members)].sum(1)
+            rows.append(
+                (
+                    label,
+                    len(members),
+                    *(
+                        Estimate.mean(values.mean(1).tolist(), INIT)
+                        for values in (together, together[:, own])
+                    ),
+                    Estimate.mean((together - apart)[:, own].mean(1).tolist(), INIT),
+                )
+            )
+        columns = (
+            "left out",
+            "points",
+            "raises the mean test loss by",
+            "that of their own classes by",
+            "there beyond the sum of single points",
+        )
+        return Table(f"{name}: points left out together", columns, tuple(rows))
 
     def notes(self) -> tuple[str, ...]:
         """What the intervals cover."""
@@ -300,7 +445,8 @@ class LeaveOneOutResult(Result):
     def panels(self) -> dict[str, Callable[[Axes], None]]:
         """Agreement and share, then for each distilled set the images that its points move most."""
         panels: dict[str, Callable[[Axes], None]] = {
-            "Agreement between initialisations and own-class share, a dot a point": self.plot
+            "Agreement between initialisations and own-class share, a dot a point": self.plot,
+            "How much each point lowers the mean test loss, in order, with its standard error": self._plot_totals,
         }
         for name in self.distilled:
             panels[f"{name}: one point of each class and the test images that it helps most"] = _grid_of(
@@ -332,6 +478,42 @@ class LeaveOneOutResult(Result):
         if ax.get_legend_handles_labels()[0]:  # with one initialisation nothing can agree
             ax.legend(frameon=False, fontsize=8)
         ax.spines[["top", "right"]].set_visible(False)
+
+    def _plot_totals(self, ax: Axes) -> None:
+        for name, effect in self.influence.items():
+            totals = effect.mean(2)
+            order = totals.mean(0).argsort(descending=True)
+            means = totals.mean(0)[order]
+            place = torch.linspace(0, 1, len(order))
+            ax.plot(place, means, color=colour(name), label=name, lw=1.6)
+            if len(totals) > 1:
+                error = totals.std(0)[order] / len(totals) ** 0.5
+                ax.fill_between(place, means - error, means + error, color=colour(name), alpha=0.15, lw=0)
+        ax.axhline(0, color="grey", lw=1, ls=":")
+        ax.set_xlabel("points of the set, from the most helpful to the most harmful")
+        ax.set_xticks([0, 0.5, 1], ["first", "middle", "last"])
+        ax.set_ylabel("rise of the mean test loss without it")
+        ax.legend(frameon=False, fontsize=8)
+        ax.spines[["top", "right"]].set_visible(False)
+
+
+def _mean_or_nothing(values: torch.Tensor, unit: str) -> Estimate:
+    """The mean of values that may not be there: with a single initialisation nothing is known."""
+    if not len(values):
+        return Estimate(0.0, -math.inf, math.inf, 0, unit)
+    return Estimate.mean(values.tolist(), unit)
+
+
+def _count(agreement: Estimate) -> str:
+    """How many initialisations a stable answer needs, from low to high end of an agreement's interval."""
+    if not agreement.n:
+        return "one is not enough to know"
+    best, likely, worst = (needed(x) for x in (agreement.high, agreement.value, agreement.low))
+    if math.isinf(likely):
+        return "no number"
+    return (
+        f"{math.ceil(likely)} [{math.ceil(best)}, {'no number' if math.isinf(worst) else math.ceil(worst)}]"
+    )
 
 
 def _grid_of(points: torch.Tensor, moved: torch.Tensor, labels: torch.Tensor) -> Callable[[Axes], None]:

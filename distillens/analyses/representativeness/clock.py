@@ -26,7 +26,7 @@ from distillens.analyses.representativeness._trajectory import (
     by_replicate,
     real_recipe,
 )
-from distillens.attribution import example_gradients, mean_gradient
+from distillens.attribution.gradients import example_gradients, mean_gradient
 from distillens.core.checks import at_least
 from distillens.core.contracts import Net, Sets
 from distillens.core.dataset import Dataset, Splits

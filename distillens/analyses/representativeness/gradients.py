@@ -17,7 +17,7 @@ from distillens.analyses.representativeness._trajectory import (
     real_recipe,
     shown,
 )
-from distillens.attribution import mean_gradient
+from distillens.attribution.gradients import mean_gradient
 from distillens.core.checks import UserError, at_least
 from distillens.core.contracts import RANDOM, Net, Sets
 from distillens.core.dataset import Dataset, Splits, check_per_class

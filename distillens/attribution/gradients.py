@@ -49,3 +49,17 @@ def example_gradients(
     one_by_one = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))
     for index in torch.split(order, max(1, NUMBERS // shapes.size)):
         yield one_by_one(flat.detach(), index)
+
+
+def logit_jacobians(
+    net: Net, shapes: Shapes, flat: torch.Tensor, data: Dataset, buffers: Buffers | None = None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The derivatives of each image's logits at ``flat`` [P], [n', k, P], and the logits [n', k], some images at a time."""
+
+    def one(parameters: torch.Tensor, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, _ = net.logits(shapes.unflatten(parameters), buffers or {}, image[None].to(flat))
+        return logits[0], logits[0]
+
+    each = torch.vmap(torch.func.jacrev(one, has_aux=True), in_dims=(None, 0))
+    for images in torch.split(data.images, max(1, NUMBERS // (shapes.size * data.k))):
+        yield each(flat.detach(), images)

@@ -1,0 +1,1 @@
+"""What single images do to a trained network: gradients, and estimators of influence without retraining."""
