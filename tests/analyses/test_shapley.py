@@ -9,10 +9,13 @@ import math
 from dataclasses import replace
 from itertools import combinations, permutations
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from distillens import pipeline, studies
 from distillens.analyses.pointwise.shapley import ROUND, Shapley, ShapleyResult, relative_error, values_of
 from distillens.core.artefact import DistilledDataset, Order
 from distillens.core.checks import UserError
@@ -276,3 +279,20 @@ def test_one_permutation_says_nothing_of_the_error(digits: Splits) -> None:
     assert result.repeats("a").n == 0 and result.needed("a") == "one is not enough to know"
     assert [claim.verdict for claim in result.claims()] == ["inconclusive"]
     assert "several at a time" in result.notes()[-1]
+
+
+def test_nothing_is_trained_beforehand_for_what_decides_on_the_way(
+    digits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def announced(*args: object, **kwargs: object) -> list[Training]:
+        raise AssertionError("stand-ins were asked for")
+
+    monkeypatch.setattr(Shapley, "trainings", announced)
+    sets, runs = Sets({"a": (class_means(digits),)}), Runs(Plan())
+    small = Shapley(TINY, Recipe(steps=2), permutations=1, strong=0)
+    study: Any = SimpleNamespace(seed=0, real=digits, questions=lambda ipc: [small])
+    studies._train(study, {1: sets}, runs, pipeline.silent)
+    assert not runs.trained
+    settings = ["net.width=8", "recipe.steps=2", "permutations=1", "strong=0", "only=a"]
+    result = pipeline.ask("pointwise/shapley", {"a": class_means(digits)}, digits, settings=settings)
+    assert isinstance(result, ShapleyResult) and tuple(result.values) == ("a",)
