@@ -19,7 +19,7 @@ from distillens.analyses.behaviour.accuracy import Accuracy
 from distillens.core.artefact import DistilledDataset, Provenance
 from distillens.core.checks import DivergedError, UserError, at_least, unknown
 from distillens.core.config import describe, override, restore, settings_of
-from distillens.core.contracts import Analysis, Distiller, Problem, Sets, State
+from distillens.core.contracts import Analysis, Distiller, Problem, Sets, State, is_adaptive
 from distillens.core.dataset import Dataset, Splits
 from distillens.core.result import Result
 from distillens.core.rng import Key
@@ -472,10 +472,11 @@ def _answer(
         everything = with_baselines(sets, real, runs, seed=seed, tell=tell)
         key = analysis_key(seed)
         everything = shown_to(analysis, everything, real, runs, key)
-        runs.make(
-            analysis.trainings(everything, real, key=key),
-            report=lambda done, total: tell("training models", done, total),
-        )
+        if not is_adaptive(analysis):
+            runs.make(
+                analysis.trainings(everything, real, key=key),
+                report=lambda done, total: tell("training models", done, total),
+            )
         result: Result = analysis(everything, real, runs, key=key)
     return result
 

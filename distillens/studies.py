@@ -15,7 +15,7 @@ from distillens import forecast as forecasts
 from distillens.core.artefact import DistilledDataset, Provenance
 from distillens.core.checks import UserError, unknown
 from distillens.core.config import describe, override, settings_of, shrunk
-from distillens.core.contracts import Distiller, Net, Problem, Sets
+from distillens.core.contracts import Distiller, Net, Problem, Sets, is_adaptive
 from distillens.core.dataset import Splits
 from distillens.core.recipe import Recipe
 from distillens.core.result import Claim, Result
@@ -524,12 +524,13 @@ def _moved(distilled: DistilledDataset, device: Any) -> DistilledDataset:
 
 
 def _train(wanted: Study, everything: Mapping[int, Sets], runs: Runs, tell: Tell) -> None:
-    """Train for all questions of all sizes together: one queue, no model twice."""
+    """Train for all questions of all sizes together: one queue, no model twice. Adaptive ones train as they go."""
     key = analysis_key(wanted.seed)
     trainings = [
         training
         for ipc, sets in everything.items()
         for question in wanted.questions(ipc)
+        if not is_adaptive(question)
         for training in question.trainings(
             shown_to(question, sets, wanted.real, runs, key), wanted.real, key=key
         )

@@ -255,6 +255,10 @@ class Analysis(Protocol[R_co]):
 
     An analysis sees sets, never a method's settings; ``runs`` makes and remembers every training. One that the paper
     has too offers ``as_published(like)`` beside ``defaults``: the paper's protocol to the letter.
+
+    One that decides on the way what to train next (it stops when an error is small enough, or looks at the points that
+    proved weak) sets ``adaptive = True`` as a class attribute. What it announces is then the most that it costs: it
+    trains no more models than these and sees no more images. It asks ``runs`` for them itself, a round at a time.
     """
 
     question: ClassVar[str]
@@ -268,8 +272,13 @@ class Analysis(Protocol[R_co]):
         """Every training that the answer needs (``train.Training`` values).
 
         Known before any of it runs, so that a study can count them, forecast its time, train them all
-        together and none of them twice.
+        together and none of them twice. Of an adaptive analysis: as many models of the same sizes.
         """
 
     def __call__(self, sets: Sets, real: Splits, runs: Any, *, key: Key) -> R_co:
         """The answer. It trains nothing but ``trainings``, through ``runs``."""
+
+
+def is_adaptive(analysis: Analysis[Any]) -> bool:
+    """Whether an analysis decides on the way what to train, so that nothing can be trained for it beforehand."""
+    return bool(getattr(analysis, "adaptive", False))
