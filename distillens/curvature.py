@@ -112,8 +112,11 @@ class Trace:
 def trace(form: Callable[[int], float], images: int, error: float, most: int) -> Trace:
     """A trace from independent measurements ``form(i)`` of it, each of which meets ``images`` images.
 
-    As many as bring the standard error down to ``error`` times the trace, from ``PILOT`` to ``most``, chosen from the spread of
-    the first ``PILOT`` (Stein 1945: what is chosen from the spread leaves the mean alone). The published estimator (PyHessian
+    As many as bring the standard error down to ``error`` times the trace, from ``PILOT`` to ``most``, chosen from the mean and the
+    spread of the first ``PILOT`` (two stages, as Stein 1945). Measurements have a long upper tail, so that a low mean comes with a
+    small spread and few probes: asked for 5 % of a network of 1,026 parameters on digits, the trace is too low by 0.3 to 0.8 % on average, is off by 5.4 to
+    6.3 % (root mean square), and its interval of 95 % covers 90 to 93 of 100. With the first ``PILOT`` left out of the mean
+    there is no bias, but the root mean square is the same, for six probes more. The published estimator (PyHessian
     0.1) stops when its running mean has moved by less than a thousandth, which a lucky small change can end.
     """
     values = [form(i) for i in range(PILOT)]

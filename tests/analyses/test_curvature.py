@@ -45,8 +45,10 @@ def runs() -> Runs:
 def made(traces: Mapping[str, torch.Tensor], moments: tuple[int, ...], **parts: object) -> CurvatureResult:
     """A result of given traces [replicates, trajectories, moments]."""
     nothing = {name: torch.zeros_like(value) for name, value in traces.items()}
+    names = tuple(name for name in traces if name not in (REAL, ALIKE, "random_subset"))
     plain = CurvatureResult(
-        tuple(name for name in traces if name not in (REAL, ALIKE, "random_subset")),
+        names,
+        dict.fromkeys(names, ALIKE),
         moments,
         traces,
         nothing,
@@ -159,6 +161,33 @@ def test_the_work_is_counted(digits: Splits, runs: Runs) -> None:
     probes = {name: int(value.sum()) for name, value in found.probes.items()}
     assert found.products == 64 * probes[REAL] + 10 * (probes[ALIKE] + probes["a"])
     assert f"{found.products:,} example-products" in found.notes()[0]
+
+
+def test_a_set_is_compared_with_as_many_real_images(digits: Splits, runs: Runs) -> None:
+    """Whatever the other sets show; sets of one size share them."""
+    few = subsets_at(KEY.fold("few"), digits, 2, 1)
+    many = subsets_at(KEY.fold("many"), digits, 2, 3)
+    asked = replace(SHORT, moments=4, looks=4, trajectories=2, most=6)
+    found = asked(Sets({"few": few, "many": many, "again": few}), digits, runs, key=KEY)
+    assert found.compared == {"few": ALIKE, "many": f"{ALIKE} (30)", "again": ALIKE}
+    probes = {name: int(value.sum()) for name, value in found.probes.items()}
+    sizes = {REAL: 64, ALIKE: 10, f"{ALIKE} (30)": 30, "few": 10, "many": 30, "again": 10}
+    assert found.products == sum(size * probes[name] for name, size in sizes.items())
+    alone = asked(Sets({"many": many}), digits, runs, key=KEY)
+    for early in (True, False):
+        assert found.contrast("many", early) == alone.contrast("many", early)
+
+
+def test_a_large_set_is_never_met_whole(digits: Splits, runs: Runs) -> None:
+    """Its graph would fill the memory; its trace is that of all its images, within its error."""
+    sets = Sets({"a": subsets_at(KEY.fold("large"), digits, 1, 20)})
+    asked = replace(SHORT, moments=4, looks=4, trajectories=1, most=40, error=0.03, top=2)
+    whole = asked(sets, digits, runs, key=KEY)
+    parts = replace(asked, sample=50, images=40)(sets, digits, runs, key=KEY)
+    assert parts.products == 40 * sum(int(value.sum()) for value in parts.probes.values())
+    assert whole.eigenvalues["a"].shape == parts.eigenvalues["a"].shape
+    off = (parts.traces["a"] - whole.traces["a"])[..., -1].abs()
+    assert bool((off < 3 * (parts.errors["a"] ** 2 + whole.errors["a"] ** 2).sqrt()[..., -1]).all())
 
 
 def test_probes_are_common_to_sets_and_moments(digits: Splits, runs: Runs) -> None:

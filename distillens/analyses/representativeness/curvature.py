@@ -20,6 +20,7 @@ from distillens.analyses.representativeness._trajectory import (
     real_recipe,
     shown,
 )
+from distillens.core.artefact import DistilledDataset
 from distillens.core.checks import at_least, positive
 from distillens.core.contracts import RANDOM, Net, Sets
 from distillens.core.dataset import Dataset, Splits
@@ -52,16 +53,17 @@ class Curvature:
 
     One estimator for all: Hutchinson's, by products with random signs. A replicate's probes are the same for all sets and moments, so that
     differences between sets carry little of their noise; replicates have their own, so that the interval over replicates
-    covers it. A set is met whole. Of the real data each probe meets ``images`` random images of its own: the spread between probes
-    then counts the images' variance too, and the whole training set need never be met. At each point there are as many
-    probes as bring the standard error below ``error`` times the trace, at most ``most``.
+    covers it. A set of up to ``sample`` images is met whole. Of larger ones and of the real data each probe meets ``images`` random
+    images of its own: the spread between probes then counts the images' variance too, and the whole training set need never
+    be met, nor held. At each point there are as many probes as bring the standard error below ``error`` times the trace, at
+    most ``most``.
 
     So it is at ``looks`` of the moments that the trajectories keep, up to update ``last`` (0: to the end). At those between them the trace is
     the straight line between the two beside it, plus what ``bridging`` probes of a few images each find beside that line:
     the loss bends smoothly along training, so this has little spread, and a moment costs a small part of the others.
 
-    The ``top`` largest eigenvalues are taken at three moments (a third of the way to the greatest real trace, there, and the last), of
-    the real data on ``sample`` images; the spectral density at the last in the first replicate.
+    The ``top`` largest eigenvalues are taken at three moments (a third of the way to the greatest real trace, there, and the last), on
+    ``sample`` images at most; the spectral density at the last in the first replicate.
 
     Source: Yang et al. 2024, section 4.3 (one network, one run of PyHessian 0.1 a point, smoothed; 301 moments).
     """
@@ -127,13 +129,18 @@ class Curvature:
         moments = tuple(t for t in population.moments if not self.last or t <= self.last)
         place = key.fold("curvature")
         named = dict(sets.distilled) | ({RANDOM: sets.random} if sets.random else {})
-        rows: dict[str, list[list[list[Trace]]]] = {name: [] for name in (REAL, ALIKE, *named)}
+        compared = _compared(named)
+        rows: dict[str, list[list[list[Trace]]]] = {name: [] for name in (REAL, *compared.values(), *named)}
         published = 0
         for r, one in enumerate(trajectories):
             own = {name: shown(many[r].dataset()) for name, many in named.items() if r < len(many)}
-            own[ALIKE] = _as_many(real.train, next(iter(own.values())), place.fold("alike", r))
-            for name, data in {REAL: real.train, **own}.items():
-                about = Looked(one, data, place.fold("probe", r), name == REAL)
+            alike = {
+                label: _as_many(real.train, own[name], place.fold("alike", r))
+                for name, label in reversed(compared.items())  # the first of a size stands for it
+                if name in own
+            }
+            for name, data in {REAL: real.train, **alike, **own}.items():
+                about = Looked(one, data, place.fold("probe", r), name == REAL or len(data) > self.sample)
                 rows[name].append([self._curve(about, j, moments) for j in range(len(one))])
                 published += PUBLISHED_PROBES * len(data) * len(one) * len(moments)
         traces = {name: _table(many, "value") for name, many in rows.items()}
@@ -143,6 +150,7 @@ class Curvature:
         )
         return CurvatureResult(
             tuple(sets.distilled),
+            compared,
             moments,
             traces,
             {name: _table(many, "error") for name, many in rows.items()},
@@ -191,7 +199,7 @@ class Curvature:
 
     def _spectra(
         self,
-        named: Mapping[str, tuple[object, ...]],
+        named: Mapping[str, tuple[DistilledDataset, ...]],
         train: Dataset,
         trajectories: list[Population],
         at: list[int],
@@ -205,11 +213,11 @@ class Curvature:
         for name in (REAL, *named):
             found = []
             for r, one in enumerate(trajectories):
-                many = named.get(name, (None,) * len(trajectories))
-                if r >= len(many):
+                if name != REAL and r >= len(named[name]):
                     continue
-                some = place.fold("sample", r).permutation(len(train))[: self.sample]
-                data = train.take(some) if name == REAL else shown(many[r].dataset())  # type: ignore[attr-defined]
+                data = train if name == REAL else shown(named[name][r].dataset())
+                if len(data) > self.sample:
+                    data = data.take(place.fold("sample", r).permutation(len(data))[: self.sample])
                 start = place.fold("start", r).normal(one.shapes.size)
                 by_moment = []
                 for t in at:
@@ -264,8 +272,15 @@ class Looked:
         return Curved(self.population.net, self.population.shapes, self.population.at(moment)[j], data)
 
 
+def _compared(named: Mapping[str, tuple[DistilledDataset, ...]]) -> dict[str, str]:
+    """The real images that each set is compared with: the same for all sets that show as many."""
+    sizes = {name: len(many[0].dataset()) for name, many in named.items()}
+    usual = next(iter(sizes.values()))
+    return {name: ALIKE if size == usual else f"{ALIKE} ({size})" for name, size in sizes.items()}
+
+
 def _as_many(train: Dataset, data: Dataset, key: Key) -> Dataset:
-    """Random training images, as many a class as a set shows."""
+    """Random training images, as many a class as a set shows; a class of fewer training images whole."""
     counts = torch.bincount(data.labels.hard(), minlength=train.k).tolist()
     picks = [
         members[key.fold(c).permutation(len(members))[:count]]
@@ -284,7 +299,7 @@ def _table(many: list[list[list[Trace]]], what: str) -> torch.Tensor:
 class CurvatureResult(Result):
     """Traces, their standard errors and probes [replicates, trajectories, moments], by set.
 
-    ``products`` are the example-products of all traces, ``published`` those of the published estimator at the same points.
+    ``compared`` names the real images that are as many as a set's. ``products`` are the example-products of all traces, ``published`` those of the published estimator at the same points.
     """
 
     analysis: ClassVar[str] = "representativeness/curvature"
@@ -292,6 +307,7 @@ class CurvatureResult(Result):
     question: ClassVar[str] = Curvature.question
 
     distilled: tuple[str, ...]
+    compared: Mapping[str, str]
     moments: tuple[int, ...]
     traces: Mapping[str, torch.Tensor]
     errors: Mapping[str, torch.Tensor]
@@ -333,7 +349,7 @@ class CurvatureResult(Result):
 
         A ratio of 2 is 1/3. Exchanging the two changes its sign alone, whatever the spread of traces between small sets.
         """
-        own, real = self.level(name, early), self.level(ALIKE, early)
+        own, real = self.level(name, early), self.level(self.compared[name], early)
         real = real[: len(own)]
         return Estimate.mean(*units((own - real) / (own.abs() + real.abs()).clamp(min=1e-12)))
 
@@ -535,7 +551,8 @@ class CurvatureResult(Result):
         ax.spines[["top", "right"]].set_visible(False)
 
     def _drawn(self) -> list[str]:
-        return [REAL, *(name for name in self.traces if name not in (REAL, ALIKE))]
+        beside = (REAL, *self.compared.values())
+        return [REAL, *(name for name in self.traces if name not in beside)]
 
     def _finish(self, ax: Axes) -> None:
         ax.set_xscale("log")
