@@ -19,6 +19,7 @@ from distillens.analyses.behaviour.recognition import Recognition
 from distillens.analyses.behaviour.robustness import Robustness
 from distillens.analyses.behaviour.sensitivity import Sensitivity
 from distillens.analyses.pointwise.leave_one_out import LeaveOneOut
+from distillens.analyses.representativeness.coverage import Coverage
 from distillens.analyses.representativeness.early_agreement import EarlyAgreement
 from distillens.core.config import describe, restore
 from distillens.core.contracts import Problem, Sets
@@ -51,6 +52,7 @@ TINY: dict[str, Any] = {
     ),
     "behaviour/sensitivity": Sensitivity((("lr", "x3"), ("steps", "x2")), (), SHORT, NET, full=1),
     "pointwise/leave_one_out": LeaveOneOut(NET, SHORT, inits=2),
+    "representativeness/coverage": Coverage(NET, SHORT.but(batch=256), moments=5, trajectories=2),
     "representativeness/early_agreement": EarlyAgreement(
         NET,
         SHORT,
