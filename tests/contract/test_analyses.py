@@ -19,8 +19,13 @@ from distillens.analyses.behaviour.recognition import Recognition
 from distillens.analyses.behaviour.robustness import Robustness
 from distillens.analyses.behaviour.sensitivity import Sensitivity
 from distillens.analyses.pointwise.leave_one_out import LeaveOneOut
+from distillens.analyses.representativeness.clock import Clock
 from distillens.analyses.representativeness.coverage import Coverage
+from distillens.analyses.representativeness.curvature import Curvature
 from distillens.analyses.representativeness.early_agreement import EarlyAgreement
+from distillens.analyses.representativeness.gradients import Gradients
+from distillens.analyses.representativeness.landscape import Landscape
+from distillens.analyses.representativeness.recognition_curve import RecognitionCurve
 from distillens.core.config import describe, restore
 from distillens.core.contracts import Problem, Sets
 from distillens.core.dataset import Splits
@@ -53,6 +58,10 @@ TINY: dict[str, Any] = {
     "behaviour/sensitivity": Sensitivity((("lr", "x3"), ("steps", "x2")), (), SHORT, NET, full=1),
     "pointwise/leave_one_out": LeaveOneOut(NET, SHORT, inits=2),
     "representativeness/coverage": Coverage(NET, SHORT.but(batch=256), moments=5, trajectories=2),
+    "representativeness/clock": Clock(NET, SHORT, SHORT, moments=6, trajectories=2, looks=4, tested=100),
+    "representativeness/curvature": Curvature(
+        NET, SHORT, moments=5, trajectories=2, looks=4, most=8, images=16, top=2, sample=20
+    ),
     "representativeness/early_agreement": EarlyAgreement(
         NET,
         SHORT,
@@ -64,6 +73,9 @@ TINY: dict[str, Any] = {
         most_per_class=10,
         tolerance=0.2,
     ),
+    "representativeness/gradients": Gradients(NET, SHORT, moments=5, trajectories=2, looks=4, sample=10),
+    "representativeness/landscape": Landscape(NET, SHORT, SHORT, moments=4, trajectories=2, points=5, grid=4),
+    "representativeness/recognition_curve": RecognitionCurve(NET, SHORT, moments=6, trajectories=2),
 }
 
 names = analyses.room.names()

@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 
-from distillens.core.contracts import Sets
+from distillens.core.checks import UserError
+from distillens.core.contracts import Net, Sets
 from distillens.core.dataset import Dataset, Splits
+from distillens.core.labels import Probabilities, Teacher
 from distillens.core.recipe import Recipe
+from distillens.core.result import NETWORK, REPLICATE, Estimate
 from distillens.core.rng import Key
 from distillens.train import Population, Training, networks
 
@@ -56,7 +59,11 @@ def along(
 
     ``trajectories`` are those in all: each replicate has so many that they come to that or more. The same settings
     give the same training, whoever asks.
+
+    Raises:
+        UserError: the network remembers more than its parameters, which are all that is kept of a moment.
     """
+    _check_net(net, real)
     count = replicates(sets)
     each = -(-trajectories // count)
     keys = tuple(one for r in range(count) for one in networks(key, r, each))
@@ -68,3 +75,35 @@ def by_replicate(population: Population, sets: Sets) -> list[Population]:
     count = replicates(sets)
     each = len(population) // count
     return [population.taken(torch.arange(r * each, (r + 1) * each)) for r in range(count)]
+
+
+def _check_net(net: Net, real: Splits) -> None:
+    """Refuse networks that remember anything beside their parameters: only these are kept along a trajectory.
+
+    Raises:
+        UserError: the network has buffers.
+    """
+    _, buffers = net.init(real.train, Key(0))
+    if buffers:
+        raise UserError(
+            "this network cannot be followed through training",
+            got=f"{type(net).__name__}, which remembers {', '.join(sorted(buffers))} beside its parameters",
+            expected="a network whose parameters are all that it keeps",
+            fix="take another norm than batch",
+        )
+
+
+def shown(data: Dataset) -> Dataset:
+    """A set as it is looked at outside of training: a teacher's labels, one a view, as their mean over the views."""
+    if not isinstance(data.labels, Teacher):
+        return data
+    mean = (data.labels.views / data.labels.temperature).softmax(-1).mean(0)
+    return Dataset(data.images, Probabilities(mean), data.classes, data.space)
+
+
+def mean_of_known(values: torch.Tensor) -> Estimate | None:
+    """The mean over units of values [replicates, trajectories], those left out that are NaN; None where all are."""
+    found = values[0] if len(values) == 1 else values.nanmean(1)
+    found = found[~found.isnan()]
+    unit = NETWORK if len(values) == 1 else REPLICATE
+    return Estimate.mean(found.tolist(), unit) if len(found) else None
