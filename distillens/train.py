@@ -220,6 +220,18 @@ class Population:
                 outputs.append(torch.cat(pieces, 1))
         return torch.cat(outputs)
 
+    def features(self, data: Dataset, flat: torch.Tensor | None = None) -> torch.Tensor:
+        """What the last layers of the final models, or of the parameters ``flat`` [m, P], are given: [m, n, d], float64 on the CPU."""
+        flat = self.final if flat is None else flat
+        pieces = torch.split(data.images.to(flat), max(1, 4 * TOGETHER // data.images[0].numel()))
+        found = []
+        with torch.no_grad():
+            for j, one in enumerate(flat):
+                params = self.shapes.unflatten(one)
+                buffers = {name: value[j] for name, value in self.buffers.items()}
+                found.append(torch.cat([self.net.features(params, buffers, x)[0] for x in pieces]))
+        return torch.stack(found).double().cpu()
+
     def losses(self, data: Dataset) -> torch.Tensor:
         """The loss of each image under each final model, [m, n]."""
         return torch.stack([data.labels.loss(logits) for logits in self.logits(data)])

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from distillens.analyses.behaviour._judges import features
 from distillens.analyses.behaviour.feature_map import FeatureMap, _nearest, _usual
 from distillens.analyses.behaviour.recognition import NOISE, Recognition
 from distillens.core.contracts import Problem, Sets
@@ -33,7 +32,7 @@ def main() -> None:
         judges = runs.get(*recognition.trainings(sets, real, key=key))
         (networks,) = runs.get(*on_map.trainings(sets, real, key=key))
     unseen = real.val.joined(real.test)
-    among, own = features(networks, real.test), features(networks, real.val)
+    among, own = networks.features(real.test), networks.features(real.val)
     distances, index = _nearest(among, own, on_map.neighbours)
     usual = _usual(among, own, real.val, on_map.neighbours)
     classes = real.test.labels.hard()

@@ -23,6 +23,7 @@ from distillens.analyses.pointwise.estimators import Estimators
 from distillens.analyses.pointwise.leave_one_out import LeaveOneOut
 from distillens.analyses.pointwise.shapley import Shapley
 from distillens.analyses.representativeness.clock import Clock
+from distillens.analyses.representativeness.coverage import Coverage
 from distillens.analyses.representativeness.curvature import Curvature
 from distillens.analyses.representativeness.early_agreement import EarlyAgreement
 from distillens.analyses.representativeness.gradients import Gradients
@@ -64,6 +65,7 @@ TINY: dict[str, Any] = {
     ),
     "pointwise/leave_one_out": LeaveOneOut(NET, SHORT, inits=2),
     "pointwise/shapley": Shapley(NET, SHORT, permutations=2, strong=2, contexts=2),
+    "representativeness/coverage": Coverage(NET, SHORT.but(batch=256), moments=5, trajectories=2),
     "representativeness/clock": Clock(NET, SHORT, SHORT, moments=6, trajectories=2, looks=4, tested=100),
     "representativeness/curvature": Curvature(
         NET, SHORT, moments=5, trajectories=2, looks=4, most=8, images=16, top=2, sample=20

@@ -13,13 +13,12 @@ from distillens.core.dataset import Dataset, Splits
 from distillens.core.recipe import Recipe
 from distillens.core.result import REPLICATE, Estimate, paired
 from distillens.core.rng import Key
-from distillens.train import Population, Training
+from distillens.train import Training
 
 TEST = "real, test split"
 UNSEEN = "real, unseen"
 SEEN = "random real, seen"
 ONE = f"image of one {REPLICATE}"
-TOGETHER = 1 << 20  # pixels whose features are taken at once
 
 
 def recipe(data: Dataset) -> Recipe:
@@ -77,18 +76,6 @@ def chance(predicted: torch.Tensor, labels: torch.Tensor, k: int) -> torch.Tenso
     answered = F.one_hot(predicted, k).double().mean(2)  # [judges, seeds, k]
     named = F.one_hot(labels, k).double().mean(0)
     return (answered * named).sum(-1).mean(1)
-
-
-def features(population: Population, data: Dataset) -> torch.Tensor:
-    """What the networks' last layers are given, [m, n, d], float64 on the CPU."""
-    pieces = torch.split(data.images.to(population.final), max(1, TOGETHER // data.images[0].numel()))
-    found = []
-    with torch.no_grad():
-        for j, flat in enumerate(population.final):
-            params = population.shapes.unflatten(flat)
-            buffers = {name: value[j] for name, value in population.buffers.items()}
-            found.append(torch.cat([population.net.features(params, buffers, x)[0] for x in pieces]))
-    return torch.stack(found).double().cpu()
 
 
 def above_chance(shares: Sequence[torch.Tensor], chances: Sequence[float]) -> Estimate:

@@ -18,7 +18,6 @@ from distillens.analyses.behaviour._judges import (
     above_chance,
     chance,
     difference,
-    features,
     of_class,
     published,
     recipe,
@@ -112,8 +111,8 @@ class FeatureMap:
                 fix=f"set neighbours to at most {len(real.test)}",
             )
         (networks,) = runs.get(*self.trainings(sets, real, key=key))
-        among, classes = features(networks, real.test), real.test.labels.hard()
-        usual = _usual(among, features(networks, real.val), real.val, self.neighbours)
+        among, classes = networks.features(real.test), real.test.labels.hard()
+        usual = _usual(among, networks.features(real.val), real.val, self.neighbours)
         asked = shown(sets, real, key)
         labels = {name: tuple(data.labels.hard() for data in many) for name, many in asked.items()}
         same: dict[str, tuple[torch.Tensor, ...]] = {}
@@ -123,7 +122,7 @@ class FeatureMap:
         for name, many in asked.items():
             rows = []
             for r, data in enumerate(many):
-                own, y = features(networks, data), labels[name][r]
+                own, y = networks.features(data), labels[name][r]
                 if r == 0 and name in sets.distilled:
                     on_map[name] = own[0]
                 distances, index = _nearest(among, own, self.neighbours)

@@ -177,7 +177,7 @@ def some(data: Dataset, most: int, key: Key) -> Dataset:
 def along_the_way(models: Population, data: Dataset) -> Way:
     """Accuracy and features of a replicate's trajectories at their moments."""
     accuracy = [1 - measured(models, flats, data)[1] for flats in models.snapshots]
-    seen = [torch.stack([features(models, flat, data) for flat in flats]) for flats in models.snapshots]
+    seen = [models.features(data, flats) for flats in models.snapshots]
     return Way(torch.stack(accuracy), torch.stack(seen))
 
 
@@ -191,7 +191,7 @@ def beside(
     for j, flat in enumerate(own):
         ends = (models.snapshots[j, matched[j]], models.final[j])
         profiles.append(torch.stack([profile(models, flat, end, test, points) for end in ends]))
-        seen = features(models, flat, val)
+        (seen,) = models.features(val, flat[None])
         alike.append(torch.stack([likeness(seen, theirs) for theirs in way.features[j]]))
         early, full = way.features[j, matched[j]], way.features[j, -1]
         leanings.append(leaning(alike[-1][matched[j]], alike[-1][-1], likeness(early, full)))
@@ -205,13 +205,6 @@ def measured(models: Population, flat: torch.Tensor, data: Dataset) -> torch.Ten
     loss = torch.stack([data.labels.loss(one).double().mean() for one in logits])
     error = (logits.argmax(-1) != data.labels.hard()).double().mean(1)
     return torch.stack([loss, error]).cpu()
-
-
-def features(models: Population, flat: torch.Tensor, data: Dataset) -> torch.Tensor:
-    """The last hidden layer [n, d] of the parameters ``flat`` [P]."""
-    with torch.no_grad():
-        found, _ = models.net.features(models.shapes.unflatten(flat), {}, data.images.to(flat))
-    return found.cpu()
 
 
 def profile(
