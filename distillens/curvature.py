@@ -139,7 +139,7 @@ def bridge(
 
     ``form(i, t)`` is measurement i at moment t: the same probe and the same ``images`` images at all moments. Of a measurement
     only its distance from the line between its own ends is taken, which spreads far less than the measurement itself (on
-    digits 10 to 200 times less in variance), for the loss bends smoothly along training. ``moments`` holds the ends too.
+    digits 5 to 30 times less in variance), for the loss bends smoothly along training. ``moments`` holds the ends too.
 
     The errors of the two ends are taken to be the same in sign: those of common probes are nearly so.
     """
