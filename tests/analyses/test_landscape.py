@@ -326,7 +326,9 @@ def test_a_single_set_has_its_networks_as_units(digits: Splits, runs: Runs) -> N
 def test_networks_and_settings_that_cannot_be_are_refused(digits: Splits) -> None:
     sets = Sets({"a": subsets_at(KEY, digits, 1, 1)})
     analysis = Landscape(ConvNet(depth=2, width=4, norm="batch"), Recipe(steps=2, batch=256))
-    with pytest.raises(UserError, match=r"landscape: the running statistics .* got ConvNet with norm0.mean"):
+    with pytest.raises(
+        UserError, match=r"cannot be followed through training; got ConvNet, which remembers norm0.mean"
+    ):
         analysis.trainings(sets, digits, key=KEY)
     with pytest.raises(UserError, match="landscape: points must be at least 3; got 2"):
         Landscape(points=2)

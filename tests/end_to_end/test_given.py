@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distillens import pipeline, studies
+from distillens import analyses, pipeline, studies
 from distillens.core.artefact import DistilledDataset
 from distillens.core.checks import UserError
 from distillens.core.dataset import Splits
@@ -121,9 +121,14 @@ def test_a_file_in_the_papers_layout_is_taken_as_it_is(
 
 
 def test_a_study_may_ask_some_analyses_only(digits: Splits) -> None:
-    study = studies.design(digits, methods=("dm",), only=("pointwise", "behaviour/pixels"), preset="quick")
+    only = ("pointwise/leave_one_out", "behaviour/pixels")
+    study = studies.design(digits, methods=("dm",), only=only, preset="quick")
     assert study.asked == ("behaviour/pixels", "pointwise/leave_one_out")
     assert "--analyses pointwise/leave_one_out,behaviour/pixels" in study.command()
+    # Of a question all: those of the preset first, in its order.
+    whole = studies.design(digits, methods=("dm",), only=("pointwise",), preset="quick").asked
+    assert whole[0] == "pointwise/leave_one_out"
+    assert set(whole) == {name for name in analyses.room.names() if name.startswith("pointwise/")}
     paper = studies.design(digits, methods=("dm",), only=("behaviour",), preset="wddl")
     assert paper.asked[:2] == ("behaviour/recognition", "behaviour/feature_map")
     assert "behaviour/sensitivity" not in paper.asked
