@@ -127,7 +127,7 @@ def test_a_network_with_running_statistics_is_refused(digits: Splits) -> None:
     with pytest.raises(
         UserError, match=r"cannot be followed through training; got ConvNet, which remembers norm0.mean"
     ):
-        along(batch, RECIPE, 3, 2, sets_of(digits, 2), digits, KEY)
+        along(batch, RECIPE, 3, 2, sets_of(digits, 2, 1), digits, KEY)
 
 
 def test_what_is_not_known_is_left_out_of_a_mean() -> None:
