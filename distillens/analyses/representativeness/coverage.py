@@ -342,8 +342,8 @@ class CoverageResult(Result):
     def notes(self) -> tuple[str, ...]:
         """What the networks have seen, and where a figure says nothing."""
         found = [
-            f"The networks were trained on the images of real subsets, and so see them apart from one another; only {UNSEEN!r} is "
-            "unseen. Its images come from the validation split: the intervals cover sets and networks, not other such splits.",
+            f"The networks were trained on the images of real subsets; only {UNSEEN!r} is unseen. Its "
+            "images come from the validation split: the intervals cover sets and networks, not other such splits.",
             f"Difficulty is the EL2N score after {self.early} updates.",
         ]
         if all(bool(many[FIGURES.index("spacing")].isnan().all()) for many in self.values.values()):
