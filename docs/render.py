@@ -138,17 +138,23 @@ def curvature_table() -> str:
         f"n = {anchor['repeats']} repetitions.",
         "",
         f"The curve of the paper on digits, {curve['moments']} moments of one training, real data and four sets of 100 images: "
-        f"{curve['ours']:,} example-products at a standard error of 2 %, {curve['published']:,} by the published estimator: "
-        f"{curve['published'] / curve['ours']:.0f} times as many.",
+        + ", ".join(
+            f"{ours:,} example-products at a standard error of {error:.0%} ({curve['published'] / ours:.0f} times fewer)"
+            for error, ours in zip(curve["errors"], curve["ours"], strict=True)
+        )
+        + f" in place of {curve['published']:,} by the published estimator.",
         "",
-        "| update | data | reference | ours is off by | our error | error of the published 35 probes |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| update | data | reference | "
+        + " | ".join(f"off by, at {error:.0%}" for error in curve["errors"])
+        + " | our errors | error of the published 35 probes |",
+        "| --- | --- | --- | " + "--- | " * len(curve["errors"]) + "--- | --- |",
     ]
     for row in curve["rows"]:
         label = "real" if row["set"] == "real" else "a set"
         lines.append(
-            f"| {row['update']} | {label} | {row['reference']:.0f} +- {row['reference_error']:.1%} | {row['ours']:+.1%} | "
-            f"{row['our_error']:.1%} | {row['published_error']:.1%} |"
+            f"| {row['update']} | {label} | {row['reference']:.0f} +- {row['reference_error']:.1%} | "
+            + " | ".join(f"{off:+.1%}" for off in row["ours"])
+            + f" | {', '.join(f'{error:.1%}' for error in row['our_error'])} | {row['published_error']:.1%} |"
         )
     lines += [
         "",

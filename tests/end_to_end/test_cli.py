@@ -69,7 +69,7 @@ def test_evaluate_ask_and_report_go_on_from_a_set(distillens, dm: Path, tmp_path
     (accuracy,) = json.loads(evaluated.stdout)
     assert {one["name"] for one in accuracy["headline"]} == {"dm", "random_subset", "herding", "full data"}
     assert {one["name"] for one in accuracy["claims"]} == {"beats random", "beats its start"}
-    asked = distillens("ask", "pointwise", dm, "--set", "recipe.steps=10", "--set", "inits=2")
+    asked = distillens("ask", "pointwise/leave_one_out", dm, "--set", "recipe.steps=10", "--set", "inits=2")
     assert asked.returncode == 0, asked.stderr
     assert "Leave-one-out influence" in asked.stdout
     reported = distillens("report", dm, "--to", tmp_path / "page.html")
