@@ -75,8 +75,8 @@ def override(value: T, assignments: Sequence[str], *, like: Any = None) -> T:
 
     Text is turned into the field's type. A field that is itself a settings object is reached
     with dots; where its room knows others by name, it may be replaced by one of them, with the settings that fit the data
-    ``like``, or its defaults without. A tuple of such objects is a list of names, each with settings of its own where it
-    needs some: ``judges=convnet,resnet18(width=16 norm=batch)``. All are set at once: fields that must fit each other may come in any order, and of
+    ``like``, or its defaults without, and with settings of its own in brackets: ``source=labels(path=attributes.csv)``. A tuple
+    of such objects is a list of these: ``judges=convnet,resnet18(width=16 norm=batch)``. All are set at once: fields that must fit each other may come in any order, and of
     a field that is named twice the last counts.
 
     Raises:
@@ -122,9 +122,9 @@ def _collect(
     if name not in known:
         raise unknown(f"setting of {type(owner).__name__.lower()}", name, known)
     old = getattr(owner, name)
-    one_by_name = _by_name(old[0]) if isinstance(old, tuple) and old and is_dataclass(old[0]) else None
-    if one_by_name is not None and not rest:
-        changes[name] = tuple(_one_of_many(part, one_by_name, whole, like) for part in _parts(text))
+    named = _by_name(old[0]) if isinstance(old, tuple) and old and is_dataclass(old[0]) else None
+    if named is not None and not rest:
+        changes[name] = tuple(_one_by_name(part, named, whole, like) for part in _parts(text))
         return
     if not is_dataclass(old):
         if rest:
@@ -142,7 +142,7 @@ def _collect(
     if named is None:
         choices = ", ".join(f"{name}.{field.name}" for field in fields(old))
         raise UserError(f"setting {whole!r} holds settings of its own", fix=f"set one of {choices}")
-    inner.owner = named(text, like)
+    inner.owner = _one_by_name(text, named, whole, like)
 
 
 def _parts(text: str) -> list[str]:
@@ -150,7 +150,7 @@ def _parts(text: str) -> list[str]:
     return [part for part in (found.strip() for found in re.split(r",(?![^(]*\))", text)) if part]
 
 
-def _one_of_many(text: str, named: Callable[[str, Any], Any], whole: str, like: Any) -> Any:
+def _one_by_name(text: str, named: Callable[[str, Any], Any], whole: str, like: Any) -> Any:
     """A settings object by its name, with settings of its own in brackets."""
     name, bracket, inner = text.partition("(")
     if bracket and not inner.endswith(")"):

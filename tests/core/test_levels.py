@@ -23,6 +23,7 @@ LEVELS = {
     "data": 1,
     "nets": 1,
     "augment": 1,
+    "attributes": 1,
     "corruptions": 1,
     "attacks": 1,
     "formats": 2,
