@@ -27,6 +27,9 @@ HUES = (
 HUES_END = ((345.0, "pink"), (361.0, "red"))
 BROWN = 0.65  # an orange of less value is brown
 CLEAR = 0.2  # coherence of the gradients below which an image has no direction
+INKED = (
+    0.4  # of the darkest ink: on 8 x 8 digits a threshold that leaves thin strokes whole and small loops open
+)
 LEVELS = 32  # of the histogram that a threshold is sought on
 
 
@@ -268,7 +271,7 @@ def _loops(x: torch.Tensor) -> torch.Tensor:
     """Grounds that strokes close in: none, one, or two and more."""
     from scipy.ndimage import label
 
-    ground = torch.nn.functional.pad((_ink(x) < 0.5).byte(), (1, 1, 1, 1), value=1).numpy()
+    ground = torch.nn.functional.pad((_ink(x) < INKED).byte(), (1, 1, 1, 1), value=1).numpy()
     # The one outside is connected through the padding; grounds touch at sides only, as strokes may at corners.
     holes = [label(image)[1] - 1 for image in ground]
     return torch.tensor(holes).clamp(0, 2)

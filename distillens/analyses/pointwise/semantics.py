@@ -237,12 +237,12 @@ def enriched(
     counts = torch.zeros(len(HALVES), len(labels), has.shape[1], dtype=torch.long)
     for _, points, own, words in parts:
         counts[:, points] = (own @ words).long()
+    orders = [key.fold("shuffle", c).uniform(shuffles, len(words)).argsort(1) for c, _, _, words in parts]
     shuffled = torch.zeros(shuffles, 3, dtype=torch.int32)
     for chunk in torch.split(torch.arange(shuffles), CHUNK):
         moved = torch.zeros(len(HALVES), len(chunk), *counts.shape[1:], dtype=torch.long)
-        for c, points, own, words in parts:
-            places = torch.stack([key.fold("shuffle", s, c).permutation(len(words)) for s in chunk.tolist()])
-            moved[:, :, points] = (own[:, None] @ words[places][None]).long()
+        for (_, points, own, words), places in zip(parts, orders, strict=True):
+            moved[:, :, points] = (own[:, None] @ words[places[chunk]][None]).long()
         of_all, repeated = tests.found(moved, rate)
         shuffled[chunk] = torch.stack(
             [of_all.sum((1, 2)), of_all.any(2).sum(1), repeated.sum((1, 2))], 1
