@@ -87,7 +87,8 @@ class Vision:
             measure = MEASURES[name]
             values = measured(measure, data)
             columns.append(thirds(values, measured(measure, fit)) if measure.cut else _places(values))
-        return Attributes({name: MEASURES[name].words for name in chosen}, torch.stack(columns, 1))
+        words = {name.replace("_", " "): MEASURES[name].words for name in chosen}
+        return Attributes(words, torch.stack(columns, 1))
 
 
 def measured(measure: Measure, data: Dataset) -> torch.Tensor:
@@ -278,18 +279,18 @@ def _loops(x: torch.Tensor) -> torch.Tensor:
 
 
 MEASURES: dict[str, Measure] = {
-    "dominant colour": Measure(COLOURS, "colour", _colour, cut=False),
-    "background colour": Measure(COLOURS, "colour", _background, cut=False),
+    "dominant_colour": Measure(COLOURS, "colour", _colour, cut=False),
+    "background_colour": Measure(COLOURS, "colour", _background, cut=False),
     "brightness": Measure(("dark", "medium", "bright"), "colour", _brightness),
     "contrast": Measure(("low", "medium", "high"), "colour", _contrast),
     "texture": Measure(("fine", "medium", "coarse"), "colour", _texture),
     "direction": Measure(("level", "rising", "upright", "falling", "none"), "colour", _direction, cut=False),
-    "object size": Measure(("small", "medium", "large"), "colour", _size),
-    "stroke width": Measure(("thin", "medium", "thick"), "grey", _stroke_width),
+    "object_size": Measure(("small", "medium", "large"), "colour", _size),
+    "stroke_width": Measure(("thin", "medium", "thick"), "grey", _stroke_width),
     "slant": Measure(("left", "upright", "right"), "grey", _slant),
     "loops": Measure(("none", "one", "two or more"), "grey", _loops, cut=False),
     "aspect": Measure(("wide", "medium", "narrow"), "grey", _aspect),
     "ink": Measure(("little", "medium", "much"), "grey", _amount),
-    "position across": Measure(("left", "centre", "right"), "any", _across),
-    "position upright": Measure(("top", "centre", "bottom"), "any", _upright),
+    "position_across": Measure(("left", "centre", "right"), "any", _across),
+    "position_upright": Measure(("top", "centre", "bottom"), "any", _upright),
 }

@@ -68,14 +68,14 @@ def test_an_object_on_a_ground_is_described() -> None:
     image = torch.zeros(1, 3, 20, 20)
     image[0, 2] = 0.9  # blue everywhere
     image[0, :, 12:16, 3:9] = torch.tensor([0.9, 0.1, 0.1])[:, None, None]
-    assert COLOURS[int(seen("dominant colour", image))] == "blue"
-    assert COLOURS[int(seen("background colour", image))] == "blue"
-    assert seen("object size", image) == 4 * 6 / 400
-    assert seen("position across", image) == 5.5
-    assert seen("position upright", image) == 13.5
+    assert COLOURS[int(seen("dominant_colour", image))] == "blue"
+    assert COLOURS[int(seen("background_colour", image))] == "blue"
+    assert seen("object_size", image) == 4 * 6 / 400
+    assert seen("position_across", image) == 5.5
+    assert seen("position_upright", image) == 13.5
     image[0, :, 2:18, 2:18] = torch.tensor([0.1, 0.7, 0.1])[:, None, None]
-    assert COLOURS[int(seen("dominant colour", image))] == "green"
-    assert COLOURS[int(seen("background colour", image))] == "blue"
+    assert COLOURS[int(seen("dominant_colour", image))] == "green"
+    assert COLOURS[int(seen("background_colour", image))] == "blue"
 
 
 @pytest.mark.parametrize(
@@ -114,8 +114,8 @@ def test_strokes_are_measured() -> None:
     rising = grey("........", ".....#..", "....#...", "...#....", "..#.....", "........")
     assert [seen("loops", image) for image in (line, ring, eight)] == [0, 1, 2]
     assert seen("loops", grey(".....", ".#.#.", "..#..", ".#.#.", ".....")) == 0  # corners close nothing in
-    assert seen("stroke width", thick) > 2 * seen("stroke width", line)
-    assert seen("stroke width", line) == pytest.approx(1, abs=0.3)
+    assert seen("stroke_width", thick) > 2 * seen("stroke_width", line)
+    assert seen("stroke_width", line) == pytest.approx(1, abs=0.3)
     assert seen("slant", rising) == pytest.approx(1)
     assert seen("slant", rising.flip(3)) == pytest.approx(-1)
     assert seen("slant", ring) == pytest.approx(0)

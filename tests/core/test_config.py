@@ -390,6 +390,11 @@ def test_two_models_are_left_and_nothing_grows(share: float, expected: list[str]
 
 
 @dataclass(frozen=True)
+class WithNet:
+    net: Net = ConvNet()
+
+
+@dataclass(frozen=True)
 class Jury:
     judges: tuple[Net, ...] = (ConvNet(), MLP())
 
@@ -399,6 +404,14 @@ def test_a_tuple_of_networks_is_a_list_of_names_with_settings(digits: Splits) ->
     assert chosen.judges == (MLP(), ResNet18(8, "batch"), ConvNet(2, 16))
     fitted = override(Jury(), ["judges=convnet"], like=digits.train)
     assert fitted.judges == (ConvNet.defaults(digits.train),)
+
+
+def test_a_network_by_name_brings_settings_of_its_own(digits: Splits) -> None:
+    chosen = override(WithNet(), ["net.width=4", "net=resnet18(width=16 norm=batch)"])
+    assert chosen.net == ResNet18(4, "batch")  # what is set inside comes after, wherever it stands
+    assert override(WithNet(), ["net=convnet()"], like=digits.train).net == ConvNet.defaults(digits.train)
+    with pytest.raises(UserError, match=r"setting 'net': a bracket is not closed; got 'mlp\(width=3'"):
+        override(WithNet(), ["net=mlp(width=3"])
 
 
 @pytest.mark.parametrize(

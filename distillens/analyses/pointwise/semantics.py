@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -162,11 +163,15 @@ def base_counts(attributes: Attributes, classes: torch.Tensor, k: int) -> torch.
 
 def tails(size: int, base: torch.Tensor, top: int) -> torch.Tensor:
     """For each word [words, 1 + top]: how likely ``top`` of ``size`` images have 0, 1, ... or more of the ``base`` [words] that have it."""
+    return torch.tensor([_tail(size, having, top) for having in base.tolist()], dtype=torch.float64)
+
+
+@lru_cache(maxsize=10_000)
+def _tail(size: int, having: int, top: int) -> tuple[float, ...]:
     from scipy.stats import hypergeom
 
-    counts = torch.arange(top + 1)
-    found = hypergeom.sf(counts[None].numpy() - 1, size, base[:, None].numpy(), top)
-    return torch.from_numpy(found).clamp(0, 1)
+    found: list[float] = hypergeom.sf(range(-1, top), size, having, top).clip(0, 1).tolist()
+    return tuple(found)
 
 
 def findings(tail: torch.Tensor, tested: torch.Tensor, rate: float) -> torch.Tensor:
@@ -341,8 +346,8 @@ class SemanticsResult(Result):
     def beyond_shuffled(self, name: str) -> Estimate:
         """The share of points with a finding minus what shuffled attributes give on average.
 
-        The lower end subtracts what 97.5 % of the shuffles do not exceed. The upper end takes Clopper and Pearson's for the share too:
-        where few points are looked at, none with a finding says little.
+        The wider of two intervals: the share less what 95 % of the shuffles give, and Clopper and Pearson's of the share less the
+        shuffles' mean. Where few points are looked at, none with a finding says little.
         """
         from scipy.stats import binomtest
 
@@ -351,10 +356,11 @@ class SemanticsResult(Result):
         quantiles = torch.quantile(
             null, torch.tensor([0.025, 0.975], dtype=null.dtype), interpolation="higher"
         )
-        low, high = found / p - float(quantiles[1]), found / p - float(quantiles[0])
-        exact = binomtest(found, p).proportion_ci(0.95)
-        value = found / p - float(null.mean())
-        return Estimate(value, min(low, value), max(high, float(exact.high) - float(null.mean())), p, POINT)
+        least, most = quantiles.tolist()
+        exact, chance = binomtest(found, p).proportion_ci(0.95), float(null.mean())
+        low = min(found / p - most, float(exact.low) - chance)
+        high = max(found / p - least, float(exact.high) - chance)
+        return Estimate(found / p - chance, low, high, p, POINT)
 
     def beyond_real(self, name: str) -> Estimate | None:
         """The share of points with a finding minus that of the random subset's points; None where there is no subset.
