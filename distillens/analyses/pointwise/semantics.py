@@ -97,8 +97,8 @@ class Semantics:
         """
         sets.check_against(real)
         self._check_classes(real.test)
+        attributes = self.source(real.test, real.val)  # first: it is what most often cannot be had
         runs.make(self.trainings(sets, real, key=key))
-        attributes = self.source(real.test, real.val)
         found: dict[str, dict[str, Any]] = {}
         for name, one in self._chosen(sets).items():
             (population,) = runs.get(self._training(one, key))
@@ -170,8 +170,7 @@ def tails(size: int, base: torch.Tensor, top: int) -> torch.Tensor:
 def _tail(size: int, having: int, top: int) -> tuple[float, ...]:
     from scipy.stats import hypergeom
 
-    found: list[float] = hypergeom.sf(range(-1, top), size, having, top).clip(0, 1).tolist()
-    return tuple(found)
+    return tuple(min(1.0, float(hypergeom.sf(count - 1, size, having, top))) for count in range(top + 1))
 
 
 def findings(tail: torch.Tensor, tested: torch.Tensor, rate: float) -> torch.Tensor:
