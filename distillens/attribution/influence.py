@@ -176,10 +176,10 @@ def curved_rows(model: Trained) -> Iterator[torch.Tensor]:
     Weight decay is not in it.
     """
     for jacobians, logits in logit_jacobians(model.net, model.shapes, model.final, model.data, model.buffers):
-        yield torch.einsum("nkc,nkp->ncp", _root(model.data, logits), jacobians).flatten(0, 1)
+        yield torch.einsum("nkc,nkp->ncp", root(model.data, logits), jacobians).flatten(0, 1)
 
 
-def _root(data: Dataset, logits: torch.Tensor) -> torch.Tensor:
+def root(data: Dataset, logits: torch.Tensor) -> torch.Tensor:
     """A root S [n, k, k] of the loss's curvature in the logits, S S' = diag(p) - p p'; the identity for squared error."""
     n, k = logits.shape
     if isinstance(data.labels, Targets):
@@ -204,11 +204,11 @@ def gauss_newton_product(model: Trained) -> Callable[[torch.Tensor], torch.Tenso
     logits, back = torch.func.vjp(logits_at, model.final)[:2]
     # Forward products by two backward ones: back is linear, and its own transpose is what is wanted.
     forward = torch.func.vjp(lambda u: back(u)[0], torch.zeros_like(logits))[1]
-    root = _root(model.data, logits)
+    half = root(model.data, logits)
 
     def one(vector: torch.Tensor) -> torch.Tensor:
         (moved,) = forward(vector)
-        curved = torch.einsum("nkc,njc,nj->nk", root, root, moved)
+        curved = torch.einsum("nkc,njc,nj->nk", half, half, moved)
         found: torch.Tensor = back(curved)[0]
         return found / len(logits)
 

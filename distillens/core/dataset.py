@@ -10,6 +10,7 @@ import torch
 
 from distillens.core.checks import UserError
 from distillens.core.labels import Labels
+from distillens.core.rng import Key
 from distillens.core.space import ROWS, Space, same_space
 from distillens.core.storage import fingerprint
 
@@ -95,6 +96,16 @@ class Dataset:
     def take(self, index: torch.Tensor) -> Dataset:
         """The images ``index`` [n'], in that order."""
         return Dataset(self.images[index], self.labels.take(index), self.classes, self.space)
+
+    def drawn(self, per_class: int | Sequence[int], key: Key) -> torch.Tensor:
+        """Class-major indices of random images, so many of each class or all there are; more of them begin with the same."""
+        counts = [per_class] * self.k if isinstance(per_class, int) else per_class
+        return torch.cat(
+            [
+                members[key.fold(c).permutation(len(members))[:count].to(members.device)]
+                for c, (members, count) in enumerate(zip(self.by_class, counts, strict=True))
+            ]
+        )
 
     def to(self, device: torch.device | str) -> Dataset:
         """The same data on a device."""

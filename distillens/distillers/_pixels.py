@@ -33,12 +33,7 @@ def choose(problem: Problem, key: Key) -> torch.Tensor:
         UserError: a class has fewer images than were asked for.
     """
     check_per_class(problem.real, problem.ipc)
-    return torch.cat(
-        [
-            members[key.fold(c).permutation(len(members))[: problem.ipc]]
-            for c, members in enumerate(problem.by_class)
-        ]
-    )
+    return problem.real.drawn(problem.ipc, key)
 
 
 def initial(problem: Problem, init: Init) -> torch.Tensor:
@@ -84,10 +79,7 @@ def refuse_buffers(net: Net, buffers: Mapping[str, torch.Tensor]) -> None:
 def real_batch(problem: Problem, key: Key, per_class: int) -> torch.Tensor:
     """Random real images of every class [k, b, c, h, w], b at most the smallest class; without repeats."""
     b = min(per_class, min(len(members) for members in problem.by_class))
-    index = torch.stack(
-        [members[key.fold(c).permutation(len(members))[:b]] for c, members in enumerate(problem.by_class)]
-    )
-    return problem.real.images[index]
+    return problem.real.images[problem.real.drawn(b, key).view(-1, b)]
 
 
 AT_ONCE = 1 << 18  # pixels of the images that go through a network together: more leave the cache

@@ -15,14 +15,9 @@ from scipy.stats import spearmanr
 from sklearn.metrics import cohen_kappa_score
 
 from distillens.analyses.representativeness._beside import UNSEEN, unseen
+from distillens.analyses.representativeness._instruments import fallen, highest, smooth
 from distillens.analyses.representativeness._trajectory import along, by_replicate
-from distillens.analyses.representativeness.clock import (
-    Clock,
-    ClockResult,
-    fallen,
-    highest,
-    smooth,
-)
+from distillens.analyses.representativeness.clock import Clock, ClockResult
 from distillens.analyses.representativeness.recognition_curve import RecognitionCurve
 from distillens.core.artefact import DistilledDataset
 from distillens.core.checks import UserError

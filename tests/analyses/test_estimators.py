@@ -10,12 +10,13 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from distillens.analyses.pointwise._agreement import pseudo_values, rank_correlation
+from distillens.analyses.pointwise._jackknife import pseudo_values
 from distillens.analyses.pointwise.estimators import ESTIMATORS, TRUSTED, Estimators, EstimatorsResult, Truth
 from distillens.core.artefact import Order
 from distillens.core.checks import UserError
 from distillens.core.contracts import Sets
 from distillens.core.dataset import Splits
+from distillens.core.ranks import rank_correlation
 from distillens.core.recipe import Recipe
 from distillens.core.result import Estimate
 from distillens.core.rng import Key

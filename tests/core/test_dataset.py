@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from distillens import load
 from distillens.core.checks import UserError
 from distillens.core.dataset import Dataset, Splits, check_per_class, stratified
 from distillens.core.labels import Hard, Labels, Logits, Probabilities, Teacher
@@ -342,3 +343,18 @@ def test_stratified_follows_the_order_within_a_class() -> None:
     assert second.tolist() == [0, 1, 2, 3]
     other, _ = stratified(labels, 2, (500,), torch.tensor([0, 3, 6, 5, 2, 1, 4, 7]))
     assert other.tolist() == [0, 3, 5, 6]
+
+
+def test_images_drawn_of_each_class_are_its_own_and_begin_with_the_same() -> None:
+    data = load("digits").train
+    few, more = data.drawn(3, Key(4)), data.drawn(5, Key(4))
+    labels = data.labels.hard()
+    assert labels[few].tolist() == [c for c in range(10) for _ in range(3)]
+    assert len(set(more.tolist())) == 50
+    assert torch.equal(few.view(10, 3), more.view(10, 5)[:, :3])
+    assert not torch.equal(few, data.drawn(3, Key(5)))
+    # Each class as many as asked for, or all there are.
+    counts = [2, 0, 10_000, *[1] * 7]
+    assert torch.bincount(labels[data.drawn(counts, Key(4))], minlength=10).tolist() == [
+        2, 0, int((labels == 2).sum()), *[1] * 7,
+    ]  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distillens import attribution
+from distillens.attribution import gradients as attribution
 from distillens.attribution.gradients import example_gradients, mean_gradient
 from distillens.core.dataset import Dataset
 from distillens.core.labels import Hard, Labels, Logits, Probabilities, Targets

@@ -186,23 +186,39 @@ def test_a_bridge_meets_the_curve_between_its_ends() -> None:
 
     covered, errors = 0, []
     for repeat in range(200):
-        draws = KEY.fold("bridge", repeat).normal(3, 12).double()
+        draws = KEY.fold("bridge", repeat).normal(3, 40).double()
 
         def form(i: int, t: int, draws: torch.Tensor = draws) -> float:
             level, slope, bend = draws[:, i].tolist()
             return curve(t) + 30 * level + 2 * slope * t + 0.05 * bend * (t - 15) ** 2
 
         ends = [Trace(curve(t), 0.0, 6, 600) for t in (10, 20)]
-        found = bridge(form, moments, *ends, 12, 16)
-        assert [one.products for one in found] == [3 * 12 * 16, 12 * 16]
+        found = bridge(form, moments, *ends, 16, 0.005, 40)
         errors.append(found[0].value - curve(12))
+        # As many probes as bring the error to a quarter of a hundredth, from the spread of the first six.
+        assert found[0].probes == 40 or found[0].error < 0.005 * curve(12) / 2 * 1.6
         covered += abs(found[0].value - curve(12)) <= 2.2 * found[0].error
     assert abs(sum(errors) / 200) < 0.05
     assert max(map(abs, errors)) < 2  # single measurements are 30 away
     assert covered >= 176
 
 
+def test_the_work_of_a_bridge_is_counted() -> None:
+    met: list[tuple[int, int]] = []
+
+    def form(i: int, t: int) -> float:
+        met.append((i, t))
+        return 50 + (-1) ** i * {0: 0, 4: 1, 8: 30, 10: 0}[t]
+
+    ends = Trace(50.0, 0.0, 6, 1), Trace(50.0, 0.0, 6, 1)
+    found = bridge(form, (0, 4, 8, 10), *ends, 7, 0.1, 30)
+    # The second moment spreads more: it meets the ends of the probes that it adds.
+    assert [one.probes for one in found] == [PILOT, 30]
+    assert sum(one.products for one in found) == 7 * len(met)
+    assert len(set(met)) == len(met)
+
+
 def test_errors_of_the_ends_stay_in_a_bridge() -> None:
     ends = Trace(10.0, 1.0, 6, 1), Trace(20.0, 3.0, 6, 1)
-    (found,) = bridge(lambda i, t: float(t), (0, 5, 10), *ends, 4, 1)
-    assert (found.value, found.error) == (15.0, 2.0)
+    (found,) = bridge(lambda i, t: float(t), (0, 5, 10), *ends, 1, 0.1, 10)
+    assert (found.value, found.error, found.probes) == (15.0, 2.0, PILOT)

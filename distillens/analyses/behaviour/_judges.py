@@ -61,14 +61,9 @@ def shown(sets: Sets, real: Splits, key: Key) -> dict[str, list[Dataset]]:
     per_class = max(1, round(next(iter(sets.distilled.values()))[0].ipc))
     if sets.random:
         found[SEEN] = images(sets.random)
-    found[UNSEEN] = [unseen(real.val, per_class, key.fold("unseen", r)) for r in range(replicates)]
+    places = [key.fold("unseen", r) for r in range(replicates)]
+    found[UNSEEN] = [real.val.take(real.val.drawn(per_class, place)) for place in places]
     return found
-
-
-def unseen(data: Dataset, per_class: int, key: Key) -> Dataset:
-    """Random images of data that no judge was trained on, ``per_class`` of each class or all there are."""
-    picks = [m[key.fold(c).permutation(len(m))[:per_class]] for c, m in enumerate(data.by_class)]
-    return data.take(torch.cat(picks))
 
 
 def chance(predicted: torch.Tensor, labels: torch.Tensor, k: int) -> torch.Tensor:

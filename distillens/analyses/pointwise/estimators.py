@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from distillens.analyses.pointwise._agreement import pseudo_values, rank_correlation
+from distillens.analyses.pointwise._jackknife import pseudo_values
 from distillens.analyses.pointwise._retrained import chosen, moved_losses, without, without_each
 from distillens.attribution.influence import ConjugateGradient, ExactInfluence, GaussNewton
 from distillens.attribution.similarity import GradientCosine, GradientDot, TracIn
@@ -22,6 +22,7 @@ from distillens.core.checks import UserError, at_least, unknown
 from distillens.core.contracts import Net, Sets
 from distillens.core.dataset import Dataset, Splits
 from distillens.core.palette import colour
+from distillens.core.ranks import rank_correlation
 from distillens.core.recipe import Recipe
 from distillens.core.result import Claim, Estimate, Result, Table
 from distillens.core.rng import Key

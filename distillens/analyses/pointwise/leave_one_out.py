@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from distillens.analyses.pointwise._agreement import correlation, ranks
 from distillens.analyses.pointwise._retrained import (
     again,
     chosen,
@@ -25,6 +24,7 @@ from distillens.core.checks import UserError, at_least
 from distillens.core.contracts import RANDOM, Net, Sets
 from distillens.core.dataset import Dataset, Splits
 from distillens.core.palette import colour
+from distillens.core.ranks import correlation, ranks
 from distillens.core.recipe import Recipe
 from distillens.core.result import Claim, Estimate, Result, Table
 from distillens.core.rng import Key

@@ -26,12 +26,8 @@ def unseen(sets: Sets, real: Splits, key: Key) -> tuple[Dataset, ...]:
     """
     replicates = sets.everything().values()
     per_class = max(1, round(next(iter(replicates))[0].ipc))
-    found = []
-    for r in range(max(map(len, replicates))):
-        place = key.fold("unseen", r)
-        picks = [m[place.fold(c).permutation(len(m))[:per_class]] for c, m in enumerate(real.val.by_class)]
-        found.append(real.val.take(torch.cat(picks)))
-    return tuple(found)
+    places = [key.fold("unseen", r) for r in range(max(map(len, replicates)))]
+    return tuple(real.val.take(real.val.drawn(per_class, place)) for place in places)
 
 
 def of_test(real: Splits, count: int, key: Key) -> Dataset:

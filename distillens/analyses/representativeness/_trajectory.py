@@ -52,6 +52,14 @@ def moments_of(steps: int, about: int) -> tuple[int, ...]:
     return tuple(sorted({*grid.round().long().tolist(), 0, steps}))
 
 
+def looks_of(kept: tuple[int, ...], about: int) -> tuple[int, ...]:
+    """About so many of the kept moments, dense early as ``moments_of``, the first and the last among them."""
+    if about >= len(kept):
+        return kept
+    wanted = moments_of(kept[-1], about)
+    return tuple(sorted({kept[0], *(min(kept, key=lambda t: abs(t - moment)) for moment in wanted)}))
+
+
 def along(
     net: Any, recipe: Recipe, moments: int, trajectories: int, sets: Sets, real: Splits, key: Key
 ) -> Training:

@@ -9,44 +9,38 @@ from itertools import combinations
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-import torch.nn.functional as F
 
-from distillens.analyses.representativeness._beside import (
-    UNSEEN,
-    answers,
-    first_at,
-    of_test,
-    sooner,
-    unseen,
-    updates,
+from distillens.analyses.representativeness._beside import UNSEEN, of_test, sooner, unseen, updates
+from distillens.analyses.representativeness._drawing import axis_of_updates, dashes, legend_above, tint
+from distillens.analyses.representativeness._instruments import (
+    INSTRUMENTS,
+    OF_POINTS,
+    Readings,
+    ages_of,
+    read,
+    real_directions,
+    smooth,
 )
 from distillens.analyses.representativeness._trajectory import (
     TRAJECTORIES,
     along,
     by_replicate,
+    looks_of,
     real_recipe,
 )
-from distillens.attribution.gradients import example_gradients, mean_gradient
 from distillens.core.checks import at_least
 from distillens.core.contracts import Net, Sets
 from distillens.core.dataset import Dataset, Splits
-from distillens.core.labels import Probabilities, Teacher
-from distillens.core.palette import colour
+from distillens.core.ranks import rank_correlation
 from distillens.core.recipe import Recipe
 from distillens.core.result import Claim, Estimate, Result, Table, units
 from distillens.core.rng import Key
-from distillens.curvature import quadratic_forms
 from distillens.nets.convnet import ConvNet
 from distillens.runs import Runs
-from distillens.train import Population, Training, networks, on
+from distillens.train import Training, networks, on
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-INSTRUMENTS = ("agreement", "recognition", "gradients", "curvature")
-OF_POINTS = INSTRUMENTS[1:]  # no model is trained on a single point, so none can agree
-REACHED, LEFT = 0.95, 0.5  # shares of the greatest reading
-LEAST = 0.1  # a reading that never gets so far (of at most 1) tells no age
 
 
 @dataclass(frozen=True)
@@ -115,7 +109,7 @@ class Clock:
         sets.check_against(real)
         runs.make(self.trainings(sets, real, key=key))
         (population,) = runs.get(self._along(sets, real, key))
-        moments = _some(population.moments, self.looks)
+        moments = looks_of(population.moments, self.looks)
         test = of_test(real, self.tested, key)
         probes = [
             torch.stack([key.fold("probe", r, q).uniform(population.shapes.size) for q in range(self.probes)])
@@ -124,14 +118,14 @@ class Clock:
             for r in range(len(by_replicate(population, sets)))
         ]
         trajectories = by_replicate(population, sets)
-        directions = [_real(own, moments, test) for own in trajectories]
+        directions = [real_directions(own, moments, test) for own in trajectories]
         shown = {name: [one.dataset() for one in many] for name, many in sets.everything().items()} | {
             UNSEEN: list(unseen(sets, real, key))
         }
         readings: dict[str, list[Readings]] = {}
         for name, trainings in self._own(sets, real, key).items():
             readings[name] = [
-                _read(trajectories[r], moments, directions[r], probes[r], data, model, test)
+                read(trajectories[r], moments, directions[r], probes[r], data, model, test)
                 for r, (data, model) in enumerate(zip(shown[name], runs.get(*trainings), strict=True))
             ]
         return ClockResult(
@@ -140,14 +134,14 @@ class Clock:
             moments,
             {name: torch.stack([one.whole for one in many]) for name, many in readings.items()},
             {
-                name: torch.stack([_ages(one.whole, moments) for one in many])
+                name: torch.stack([ages_of(one.whole, moments) for one in many])
                 for name, many in readings.items()
             },
             {
-                name: torch.stack([_ages(one.classes, moments) for one in many])
+                name: torch.stack([ages_of(one.classes, moments) for one in many])
                 for name, many in readings.items()
             },
-            {name: tuple(_ages(one.points, moments) for one in many) for name, many in readings.items()},
+            {name: tuple(ages_of(one.points, moments) for one in many) for name, many in readings.items()},
             {name: tuple(data.labels.hard().cpu() for data in many) for name, many in shown.items()},
         )
 
@@ -167,172 +161,6 @@ class Clock:
         }
         found[UNSEEN] = [Training(data, self.net, self.own_recipe, keys(r)) for r, data in enumerate(beside)]
         return found
-
-
-@dataclass(frozen=True, eq=False)
-class Readings:
-    """What the instruments say at each moment, of one set: ``whole`` [m, 4, t], ``classes`` [m, 4, k, t], ``points`` [m, 3, n, t]."""
-
-    whole: torch.Tensor
-    classes: torch.Tensor
-    points: torch.Tensor
-
-
-def _some(moments: tuple[int, ...], looks: int) -> tuple[int, ...]:
-    """So many of the moments, evenly spread over their order, first and last among them; all where there are no more."""
-    if looks >= len(moments):
-        return moments
-    return tuple(moments[i] for i in torch.linspace(0, len(moments) - 1, looks).round().long().tolist())
-
-
-def _real(population: Population, moments: tuple[int, ...], data: Dataset) -> torch.Tensor:
-    """The gradient of the loss on real data at each moment, of length 1, [m, t, P]."""
-    rows = [
-        torch.stack([mean_gradient(population.net, population.shapes, flat, data) for flat in own])
-        for own in torch.stack([population.at(moment) for moment in moments], 1)
-    ]
-    return F.normalize(torch.stack(rows), dim=-1)
-
-
-def _read(
-    population: Population,
-    moments: tuple[int, ...],
-    directions: torch.Tensor,
-    probes: torch.Tensor,
-    data: Dataset,
-    model: Population,
-    test: Dataset,
-) -> Readings:
-    """All readings of one set along its replicate's trajectories; model j of the set goes with trajectory j."""
-    data = _of_one_view(data)
-    labels = data.labels.hard().cpu()
-    members = F.one_hot(labels, data.k).double().T  # [k, n]
-    members = members / members.sum(1, keepdim=True).clamp(min=1)
-    right = (answers(population, data, moments)[0] == labels).double()  # [m, t, n]
-    right = (right - 1 / data.k) / (1 - 1 / data.k)
-    agreed, agreed_by_class = _agreement(
-        answers(population, test, moments)[0], model.predictions(test).cpu(), test
-    )
-    cosine: list[list[tuple[torch.Tensor, ...]]] = []
-    trace: list[list[torch.Tensor]] = []
-    for j in range(len(population)):
-        steps = [population.at(moment)[j] for moment in moments]
-        cosine.append(
-            [_cosines(population, flat, data, members, directions[j, t]) for t, flat in enumerate(steps)]
-        )
-        trace.append(
-            [
-                quadratic_forms(population.net, population.shapes, flat, data, probes.to(flat))
-                .mean(0)
-                .double()
-                .cpu()
-                for flat in steps
-            ]
-        )
-    curvature = torch.stack([torch.stack(own) for own in trace])  # [m, t, n]
-    cosines = [torch.stack([torch.stack([at[i] for at in own]) for own in cosine]) for i in range(3)]
-    whole = torch.stack([agreed, right.mean(-1), cosines[0], curvature.mean(-1)], 1)
-    classes = torch.stack([agreed_by_class, right @ members.T, cosines[1], curvature @ members.T], 1)
-    points = torch.stack([right, cosines[2], curvature], 1)
-    return Readings(whole, classes.transpose(-1, -2), points.transpose(-1, -2))
-
-
-def _of_one_view(data: Dataset) -> Dataset:
-    """The data with one label an image: of a teacher's views the mean."""
-    labels = data.labels
-    if not isinstance(labels, Teacher):
-        return data
-    mean = (labels.views / labels.temperature).softmax(-1).mean(0)
-    return Dataset(data.images, Probabilities(mean), data.classes, data.space)
-
-
-def _agreement(theirs: torch.Tensor, own: torch.Tensor, test: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cohen's kappa of a set's models [m, n] and real ones [m, t, n] on test images, [m, t], and by class [m, t, k].
-
-    What two models would agree by chance goes by the classes that they name on all test images, for one class too: on the
-    images of one class alone both name little else, and every agreement would pass for chance.
-    """
-    labels = test.labels.hard().cpu()
-    members = F.one_hot(labels, test.k).double()
-    members = members / members.sum(0).clamp(min=1)
-    same = (theirs == own[:, None]).double()
-    named = F.one_hot(theirs, test.k).double().mean(2) * F.one_hot(own, test.k).double().mean(1)[:, None]
-    chance = named.sum(-1)
-    room = (1 - chance).clamp(min=1e-12)  # two models that name one and the same class alone
-    return (same.mean(-1) - chance) / room, (same @ members - chance[..., None]) / room[..., None]
-
-
-def _cosines(
-    population: Population, flat: torch.Tensor, data: Dataset, members: torch.Tensor, direction: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The cosine with a direction [P] of length 1: of the gradient on all images, on each class [k], on each image [n].
-
-    ``members`` [k, n] averages over classes. The images' gradients are held some at a time.
-    """
-    points, at = [], 0
-    whole = torch.zeros_like(flat)
-    classes = flat.new_zeros(data.k, len(flat))
-    for part in example_gradients(population.net, population.shapes, flat, data):
-        whole += part.sum(0) / len(data)
-        classes += members[:, at : at + len(part)].to(part) @ part
-        points.append(_along(part, direction))
-        at += len(part)
-    return _along(whole, direction), _along(classes, direction), torch.cat(points)
-
-
-def _along(gradients: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
-    return (F.normalize(gradients, dim=-1) @ direction).double().cpu()
-
-
-def smooth(readings: torch.Tensor) -> torch.Tensor:
-    """Readings [..., t] averaged with their neighbours: 1/4, 1/2, 1/4; the ends count for what is missing."""
-    before = torch.cat([readings[..., :1], readings[..., :-1]], -1)
-    after = torch.cat([readings[..., 1:], readings[..., -1:]], -1)
-    return before / 4 + readings / 2 + after / 4
-
-
-def highest(readings: torch.Tensor, moments: tuple[int, ...]) -> torch.Tensor:
-    """When readings [..., t] are greatest, as log(1 + updates): the top of the parabola through three; infinite at the end.
-
-    Of equals the first.
-    """
-    logs = torch.tensor(moments, dtype=torch.float64).log1p()
-    top = readings.argmax(-1)
-    inner = top.clamp(1, max(1, len(moments) - 2))
-    x0, x1, x2 = (logs[(inner + i).clamp(max=len(moments) - 1)] for i in (-1, 0, 1))
-    y0, y1, y2 = (
-        readings.gather(-1, (inner + i).clamp(max=len(moments) - 1)[..., None])[..., 0] for i in (-1, 0, 1)
-    )
-    left, right = (x1 - x0) * (y1 - y2), (x1 - x2) * (y1 - y0)
-    peak = x1 - 0.5 * ((x1 - x0) * left - (x1 - x2) * right) / (left - right)
-    age = torch.where(top == 0, logs[0], peak)
-    return torch.where(top == len(moments) - 1, math.inf, age)
-
-
-def fallen(readings: torch.Tensor, share: float, moments: tuple[int, ...]) -> torch.Tensor:
-    """When readings [..., t], once past their greatest, first are at a share of it or below, as log(1 + updates)."""
-    most, top = readings.max(-1)
-    early = torch.arange(len(moments)) < top[..., None]
-    return first_at((-readings).masked_fill(early, -math.inf), -share * most, moments)
-
-
-def _ages(readings: torch.Tensor, moments: tuple[int, ...]) -> torch.Tensor:
-    """The ages [m, instruments, ...] from readings [m, instruments, ..., t], the last instruments where there are fewer than 4.
-
-    Infinite where it has not come by the last moment, or the reading never was worth speaking of.
-    """
-    readings = smooth(readings)
-    found = []
-    for name, own in zip(INSTRUMENTS[-readings.shape[1] :], readings.unbind(1), strict=True):
-        most = own.max(-1).values
-        if name == "agreement":
-            age = highest(own, moments)
-        elif name == "recognition":
-            age = first_at(own, REACHED * most, moments)
-        else:
-            age = fallen(own, LEFT, moments)
-        found.append(age.masked_fill(most < (0 if name == "curvature" else LEAST), math.inf))
-    return torch.stack(found, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -388,10 +216,7 @@ class ClockResult(Result):
         """The rank correlation over a set's points of their ages by two instruments, or the mean of the three pairs."""
         pairs = [(first, second)] if first else list(combinations(OF_POINTS, 2))
         values = torch.stack(
-            [
-                torch.stack([_rank_correlation(one, a, b) for a, b in pairs]).mean(0)
-                for one in self.point_ages[name]
-            ]
+            [torch.stack([_alike(one, a, b) for a, b in pairs]).mean(0) for one in self.point_ages[name]]
         )
         return Estimate.mean(*units(values))
 
@@ -528,14 +353,14 @@ class ClockResult(Result):
                 e = self.overall(name) if instrument == "all" else self.age(name, instrument)
                 y = place + 0.7 * (i / max(1, len(names) - 1) - 0.5)
                 low, high = max(e.low, 0.0), min(e.high, self.last)
-                ax.plot([low, high], [y, y], color=_tint(name), lw=1.2)
+                ax.plot([low, high], [y, y], color=tint(name), lw=1.2)
                 marker = ">" if math.isinf(e.high) and e.n > 1 else "o"
-                ax.plot(e.value, y, marker, color=_tint(name), ms=5)
-            ax.plot([], [], "o", color=_tint(name), ms=5, label=name)
+                ax.plot(e.value, y, marker, color=tint(name), ms=5)
+            ax.plot([], [], "o", color=tint(name), ms=5, label=name)
         ax.set_yticks(range(len(columns)), columns)
         ax.invert_yaxis()
-        self._log_axis(ax)
-        _legend(ax, len(names))
+        axis_of_updates(ax, self.last)
+        legend_above(ax, len(names))
 
     def plot_points(self, ax: Axes) -> None:
         """A dot an image of each distilled set and of the unseen real ones."""
@@ -544,19 +369,12 @@ class ClockResult(Result):
             ages, labels = self.point_ages[name][0], self.labels[name][0]
             mean = ages.clamp(max=math.log1p(self.last)).mean((0, 1)).expm1()
             y = labels + 0.7 * (i / max(1, len(names) - 1) - 0.5)
-            ax.scatter(mean, y, s=9, color=_tint(name), alpha=0.7, lw=0, label=name)
+            ax.scatter(mean, y, s=9, color=tint(name), alpha=0.7, lw=0, label=name)
         ax.set_yticks(range(len(self.classes)), self.classes)
         ax.set_ylabel("class")
         ax.invert_yaxis()
-        self._log_axis(ax)
-        _legend(ax, len(names))
-
-    def _log_axis(self, ax: Axes) -> None:
-        ax.set_xscale("symlog", linthresh=8)
-        ticks = [t for t in (0, 4, 8, 16, 32, 64, 128, 256, 512) if t <= self.last]
-        ax.set_xticks(ticks, [str(t) for t in ticks])
-        ax.set_xlim(-0.2, self.last * 1.05)
-        ax.set_xlabel("updates of real training")
+        axis_of_updates(ax, self.last)
+        legend_above(ax, len(names))
 
 
 @dataclass(frozen=True)
@@ -570,35 +388,14 @@ class _Readings:
         result = self.result
         for name, readings in result.readings.items():
             mean = smooth(readings[:, :, self.instrument]).mean((0, 1))
-            style = "--" if name == UNSEEN else "-"
-            ax.plot(result.moments, mean, color=_tint(name), ls=style, lw=1.4, label=name)
+            ax.plot(result.moments, mean, dashes(name), color=tint(name), lw=1.4, label=name)
         ax.set_ylabel(
             ("kappa", "share right, above chance", "cosine", "trace of the Hessian")[self.instrument]
         )
-        result._log_axis(ax)
-        _legend(ax, len(result.readings))
+        axis_of_updates(ax, result.last)
+        legend_above(ax, len(result.readings))
 
 
-def _rank_correlation(ages: torch.Tensor, first: str, second: str) -> torch.Tensor:
+def _alike(ages: torch.Tensor, first: str, second: str) -> torch.Tensor:
     """Spearman's correlation over points of ages [m, 3, n] by two instruments, [m]; 0 where one tells no order."""
-    a, b = (_ranks(ages[:, OF_POINTS.index(each)]) for each in (first, second))
-    a, b = (x - x.mean(-1, keepdim=True) for x in (a, b))
-    scale = (a.square().sum(-1) * b.square().sum(-1)).sqrt()
-    return torch.where(scale > 0, (a * b).sum(-1) / scale.clamp(min=1e-12), 0.0)
-
-
-def _ranks(values: torch.Tensor) -> torch.Tensor:
-    """Ranks along the last axis; equals share the mean of theirs."""
-    below = (values[..., None, :] < values[..., None]).double().sum(-1)
-    equal = (values[..., None, :] == values[..., None]).double().sum(-1)
-    return below + (equal - 1) / 2
-
-
-def _tint(name: str) -> str:
-    return colour("real" if name == UNSEEN else name)
-
-
-def _legend(ax: Axes, entries: int) -> None:
-    columns = min(entries, 4)
-    ax.legend(frameon=False, fontsize=8, ncols=columns, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    ax.spines[["top", "right"]].set_visible(False)
+    return rank_correlation(*(ages[:, OF_POINTS.index(each)] for each in (first, second)))

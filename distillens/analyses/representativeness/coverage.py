@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 import torch.nn.functional as F
 
+from distillens.analyses.representativeness._beside import UNSEEN
 from distillens.analyses.representativeness._trajectory import (
     TRAJECTORIES,
     along,
@@ -30,7 +31,6 @@ from distillens.train import Population, Training
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-UNSEEN = "real, unseen"
 # What is measured of each class, in the order of every tensor here.
 FIGURES = ("coverage", "density", "radius", "spacing", "effective images", "difficulty", "CMI")
 

@@ -17,6 +17,7 @@ from distillens.analyses.representativeness._trajectory import (
     TRAJECTORIES,
     along,
     by_replicate,
+    looks_of,
     real_recipe,
     shown,
 )
@@ -40,9 +41,8 @@ REAL = "real"
 ALIKE = "real, as many"  # random training images, as many as the set has: what the claims compare with
 PUBLISHED_PROBES = 35  # of 25 to 45 that the paper's time a moment allows (PyHessian's stopping rule)
 BRIDGING_IMAGES = 16
-EARLY = (
-    2 / 3
-)  # of the way to the greatest real trace: where the paper's dotted line at update 60 stands (its peak is at 91)
+# Of the way to the greatest real trace: where the paper's dotted line at update 60 stands (its peak is at 91).
+EARLY = 2 / 3
 LATE = 0.8  # the share of the updates after which training counts as late
 DENSITY_STEPS, DENSITY_STARTS = 40, 2
 
@@ -59,8 +59,9 @@ class Curvature:
     most ``most``.
 
     So it is at ``looks`` of the moments that the trajectories keep, up to update ``last`` (0: to the end). At those between them the trace is
-    the straight line between the two beside it, plus what ``bridging`` probes of a few images each find beside that line:
-    the loss bends smoothly along training, so this has little spread, and a moment costs a small part of the others.
+    the straight line between the two beside it, plus what probes of a few images each find beside that line: the loss bends
+    smoothly along training, so this has little spread, and a moment costs a small part of the others. What a bridge adds to
+    the error of its ends is held to half of ``error``, with ``most`` probes at most.
 
     The ``top`` largest eigenvalues are taken at three moments (a third of the way to the greatest real trace, there, and the last), on
     ``sample`` images at most; the spectral density at the last in the first replicate.
@@ -80,7 +81,6 @@ class Curvature:
     error: float = 0.05
     most: int = 40
     images: int = 64
-    bridging: int = 4
     top: int = 5
     sample: int = 256
 
@@ -90,7 +90,6 @@ class Curvature:
         at_least(2, "curvature", looks=self.looks, moments=self.moments)
         at_least(0, "curvature", last=self.last, top=self.top)
         at_least(PILOT, "curvature", most=self.most)
-        at_least(2, "curvature", bridging=self.bridging)
 
     @classmethod
     def defaults(cls, like: Dataset) -> Curvature:
@@ -114,7 +113,6 @@ class Curvature:
             last=300,
             error=0.02,
             most=100,
-            bridging=12,
         )
 
     def trainings(self, sets: Sets, real: Splits, *, key: Key) -> list[Training]:
@@ -155,7 +153,7 @@ class Curvature:
             traces,
             {name: _table(many, "error") for name, many in rows.items()},
             {name: _table(many, "probes").long() for name, many in rows.items()},
-            sum(t.products for many in rows.values() for a in many for b in a for t in b),
+            {name: sum(t.products for a in many for b in a for t in b) for name, many in rows.items()},
             published,
             len(real.train),
             self.error,
@@ -167,8 +165,8 @@ class Curvature:
 
     def _curve(self, about: Looked, j: int, moments: tuple[int, ...]) -> list[Trace]:
         """The trace at every moment of trajectory j."""
-        places = torch.linspace(0, len(moments) - 1, min(self.looks, len(moments))).round().long().tolist()
-        known = {i: self._trace(about, j, moments[i]) for i in dict.fromkeys(places)}
+        looks = [moments.index(t) for t in looks_of(moments, self.looks)]
+        known = {i: self._trace(about, j, moments[i]) for i in looks}
         found = []
         for first, last in pairwise(known):
             found.append(known[first])
@@ -179,8 +177,9 @@ class Curvature:
                     moments[first : last + 1],
                     known[first],
                     known[last],
-                    self.bridging,
                     part.few,
+                    self.error,
+                    self.most,
                 )
         return [*found, known[len(moments) - 1]]
 
@@ -282,11 +281,7 @@ def _compared(named: Mapping[str, tuple[DistilledDataset, ...]]) -> dict[str, st
 def _as_many(train: Dataset, data: Dataset, key: Key) -> Dataset:
     """Random training images, as many a class as a set shows; a class of fewer training images whole."""
     counts = torch.bincount(data.labels.hard(), minlength=train.k).tolist()
-    picks = [
-        members[key.fold(c).permutation(len(members))[:count]]
-        for c, (members, count) in enumerate(zip(train.by_class, counts, strict=True))
-    ]
-    return train.take(torch.cat(picks))
+    return train.take(train.drawn(counts, key))
 
 
 def _table(many: list[list[list[Trace]]], what: str) -> torch.Tensor:
@@ -299,7 +294,7 @@ def _table(many: list[list[list[Trace]]], what: str) -> torch.Tensor:
 class CurvatureResult(Result):
     """Traces, their standard errors and probes [replicates, trajectories, moments], by set.
 
-    ``compared`` names the real images that are as many as a set's. ``products`` are the example-products of all traces, ``published`` those of the published estimator at the same points.
+    ``compared`` names the real images that are as many as a set's. ``products`` are the example-products of the traces, ``published`` those of the published estimator at the same points.
     """
 
     analysis: ClassVar[str] = "representativeness/curvature"
@@ -312,7 +307,7 @@ class CurvatureResult(Result):
     traces: Mapping[str, torch.Tensor]
     errors: Mapping[str, torch.Tensor]
     probes: Mapping[str, torch.Tensor]
-    products: int
+    products: Mapping[str, int]
     published: int
     training_images: int
     error: float
@@ -485,9 +480,10 @@ class CurvatureResult(Result):
 
     def notes(self) -> tuple[str, ...]:
         """What the work was, and what it would have been."""
-        factor = self.published / self.products
+        products = sum(self.products.values())
+        factor = self.published / products
         return (
-            f"The traces took {self.products:,} example-products (one image's Hessian times one vector). The published "
+            f"The traces took {products:,} example-products (one image's Hessian times one vector). The published "
             f"estimator, {PUBLISHED_PROBES} probes (25 to 45) over all {self.training_images:,} training images and all images "
             f"of each set at each point, would have taken {self.published:,}: {factor:.1f} times as many, most of them for the "
             "real data.",

@@ -192,15 +192,7 @@ class EarlyAgreement:
         share = place.fold("size").uniform(self.subset)
         low, high = math.log(self.least_per_class), math.log(self.most_per_class)
         sizes = (low + (high - low) * share).exp().round().long().tolist()
-        subsets = tuple(
-            torch.cat(
-                [
-                    members[place.fold("draw", j, c).permutation(len(members))[:size]]
-                    for c, members in enumerate(real.train.by_class)
-                ]
-            )
-            for j, size in enumerate(sizes)
-        )
+        subsets = tuple(real.train.drawn(size, place.fold("draw", j)) for j, size in enumerate(sizes))
         keys = place.fold("net").split(self.subset)
         return [early, Training(real.train, self.net, self.subset_recipe, keys, subsets=subsets)]
 

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from distillens.analyses.representativeness._beside import UNSEEN
+from distillens.analyses.representativeness._drawing import dashes, legend_above, tint
 from distillens.analyses.representativeness._trajectory import (
     TRAJECTORIES,
     along,
     by_replicate,
+    looks_of,
     mean_of_known,
     real_recipe,
     shown,
@@ -21,7 +24,6 @@ from distillens.attribution.gradients import mean_gradient
 from distillens.core.checks import UserError, at_least
 from distillens.core.contracts import RANDOM, Net, Sets
 from distillens.core.dataset import Dataset, Splits, check_per_class
-from distillens.core.palette import colour
 from distillens.core.recipe import Recipe
 from distillens.core.result import Claim, Estimate, Result, Table
 from distillens.core.rng import Key
@@ -33,7 +35,6 @@ from distillens.train import Training
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-UNSEEN = "real, unseen"
 WHOLE = "all layers"
 SIZES = (1, 2, 5, 10, 20, 50, 100)  # images a class of the subsets that the scale is checked on
 EARLY, LATE = "early", "late"
@@ -103,7 +104,7 @@ class Gradients:
         check_per_class(real.val, 1, "validation images per class")
         (population,) = runs.get(*self.trainings(sets, real, key=key))
         place = key.fold("gradients")
-        moments = self._looked_at(population.moments)
+        moments = looks_of(population.moments, self.looks)
         layers = layers_of(population.shapes)
         reference = rows(real.test, self.sample, place.fold("reference"))
         named, k = sets.everything(), real.train.k
@@ -142,13 +143,6 @@ class Gradients:
                 LATE: tuple(t >= self.late * self.recipe.steps for t in moments),
             },
         )
-
-    def _looked_at(self, kept: tuple[int, ...]) -> tuple[int, ...]:
-        """So many of the kept moments, the first and the last among them."""
-        if self.looks >= len(kept):
-            return kept
-        places = torch.linspace(0, len(kept) - 1, self.looks, dtype=torch.float64).round().long().tolist()
-        return tuple(kept[place] for place in places)
 
 
 def rows(data: Dataset, most: int, key: Key) -> list[Dataset]:
@@ -440,15 +434,14 @@ class GradientsResult(Result):
     def _lines(self, ax: Axes, measure: int, shape: Callable[[torch.Tensor], torch.Tensor]) -> None:
         for name, values in self.values.items():
             own = values[:, :, :, 0, measure].nanmean(1)  # [replicates, looks]
-            style = "--" if name == UNSEEN else "-"
-            ax.plot(self.moments, shape(own.nanmean(0)), style, color=_tint(name), lw=1.6, label=name)
+            ax.plot(self.moments, shape(own.nanmean(0)), dashes(name), color=tint(name), lw=1.6, label=name)
             if len(own) > 1:
                 known = own.nan_to_num(nan=float(own.nanmean()))
                 ax.fill_between(
                     self.moments,
                     shape(known.amin(0)),
                     shape(known.amax(0)),
-                    color=_tint(name),
+                    color=tint(name),
                     alpha=0.12,
                     lw=0,
                 )
@@ -458,7 +451,7 @@ class GradientsResult(Result):
         ax.xaxis.set_major_formatter("{x:g}")
         ax.set_xlim(0, self.moments[-1])
         ax.set_xlabel("update of real training (band: all replicates; upright: end of early, begin of late)")
-        _legend(ax, len(self.values))
+        legend_above(ax, len(self.values))
 
     def plot_layers(self, ax: Axes) -> None:
         """A dot a layer and set with its interval; dotted: the number of images."""
@@ -477,7 +470,7 @@ class GradientsResult(Result):
                 fmt="o",
                 ms=4,
                 lw=1,
-                color=_tint(name),
+                color=tint(name),
                 label=name,
             )
         for size in sorted({self.sizes[name] for name in self.distilled}):
@@ -489,18 +482,9 @@ class GradientsResult(Result):
         ax.yaxis.set_minor_formatter("{x:g}")
         ax.tick_params(axis="y", which="minor", labelsize=8)
         ax.set_ylabel("equivalent number of real images, early")
-        _legend(ax, len(names))
+        legend_above(ax, len(names))
 
 
 def _grown(e: Estimate) -> Estimate:
     """An estimate of a logarithm as one of the thing itself."""
     return Estimate(math.exp(e.value), math.exp(e.low), math.exp(e.high), e.n, e.unit, e.level)
-
-
-def _tint(name: str) -> str:
-    return colour("real" if name == UNSEEN else name)
-
-
-def _legend(ax: Axes, entries: int) -> None:
-    ax.legend(frameon=False, fontsize=8, ncols=min(entries, 4), loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    ax.spines[["top", "right"]].set_visible(False)

@@ -19,6 +19,7 @@ from distillens.analyses.representativeness._beside import (
     unseen,
     updates,
 )
+from distillens.analyses.representativeness._drawing import axis_of_updates, dashes, legend_above, tint
 from distillens.analyses.representativeness._trajectory import (
     EVERY,
     TRAJECTORIES,
@@ -29,7 +30,6 @@ from distillens.analyses.representativeness._trajectory import (
 from distillens.core.checks import UserError, at_least
 from distillens.core.contracts import Net, Sets
 from distillens.core.dataset import Dataset, Splits
-from distillens.core.palette import colour
 from distillens.core.recipe import Recipe
 from distillens.core.result import Claim, Estimate, Result, Table, paired, units
 from distillens.core.rng import Key
@@ -282,7 +282,7 @@ class RecognitionCurveResult(Result):
         for name in (*self.distilled, UNSEEN):
             moment = self.recognised(name)
             if math.isfinite(moment.high) or moment.n == 1:
-                ax.plot(moment.value, self.bar, "o", color=_look(name)[0], ms=6, mec="white", zorder=5)
+                ax.plot(moment.value, self.bar, "o", color=tint(name), ms=6, mec="white", zorder=5)
         ax.set_ylim(0, 1.02)
         ax.set_ylabel("accuracy (dotted: recognised)")
 
@@ -294,31 +294,10 @@ class RecognitionCurveResult(Result):
 
     def _draw(self, ax: Axes, curves: Mapping[str, torch.Tensor]) -> None:
         for name, values in curves.items():
-            tint, style = _look(name)
-            ax.plot(
-                self.moments,
-                values.mean((0, 1)),
-                color=tint,
-                ls=style,
-                lw=2 if name == TEST else 1.4,
-                label=name,
-            )
-        # Linear up to the eighth update, then a logarithm: as the moments lie.
-        ax.set_xscale("symlog", linthresh=8)
-        ticks = [t for t in (0, 4, 8, 16, 32, 64, 128, 256, 512) if t <= self.last]
-        ax.set_xticks(ticks, [str(t) for t in ticks])
-        ax.set_xlim(0, self.last)
-        ax.set_xlabel("updates of real training")
-        columns = min(len(curves), 4)
-        ax.legend(frameon=False, fontsize=8, ncols=columns, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-        ax.spines[["top", "right"]].set_visible(False)
-
-
-def _look(name: str) -> tuple[str, str]:
-    """Colour and line of a name: real images are black, unseen ones of the sets' number dashed."""
-    if name in (TEST, UNSEEN):
-        return colour("real"), "-" if name == TEST else "--"
-    return colour(name), "-"
+            mean, width = values.mean((0, 1)), 2 if name == TEST else 1.4
+            ax.plot(self.moments, mean, dashes(name), color=tint(name), lw=width, label=name)
+        axis_of_updates(ax, self.last)
+        legend_above(ax, len(curves))
 
 
 def _rising(curves: torch.Tensor) -> torch.Tensor:
