@@ -122,8 +122,15 @@ FINDINGS = (
         "T9",
         "The real images that one distilled image moves most are of its class.",
         "pointwise/leave_one_out",
-        "influence stays in class",
+        "the most moved are of its class",
         said="90 of 90 images shown",
+    ),
+    Finding(
+        "Semantics",
+        "The real images that one distilled image moves most share something beyond their class.",
+        "pointwise/semantics",
+        "semantics beyond class",
+        said="shown with a vision-language model; no figures are at hand",
     ),
     Finding(
         "T10",

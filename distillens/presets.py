@@ -91,6 +91,7 @@ PRESETS = {
                 "representativeness/recognition_curve",
                 "representativeness/curvature",
                 "pointwise/leave_one_out",
+                "pointwise/semantics",
             ),
             published=True,
         ),

@@ -80,6 +80,7 @@ def made(
         distilled=tuple(name for name in influence if name != "random_subset"),
         classes=real.test.classes,
         test_labels=real.test.labels.hard(),
+        top=9,
         labels=labels,
         influence=influence,
         correctness={name: torch.zeros_like(x, dtype=torch.int8) for name, x in influence.items()},
@@ -104,6 +105,7 @@ def test_influences_of_noise_neither_repeat_nor_stay_in_class(digits: Splits) ->
     claims = [influence_claims(SEED.fold("influence", i).normal(3, 10, n), small) for i in range(DRAWS)]
     assert supported([c["influence repeats"] for c in claims]) <= ALARMS
     assert supported([c["influence stays in class"] for c in claims]) <= ALARMS
+    assert supported([c["the most moved are of its class"] for c in claims]) <= ALARMS
 
 
 def test_planted_influence_repeats_and_stays_in_class(digits: Splits) -> None:
@@ -113,6 +115,20 @@ def test_planted_influence_repeats_and_stays_in_class(digits: Splits) -> None:
     claims = influence_claims(own + common + 0.3 * noise, digits)
     assert claims["influence repeats"].verdict == "supported"
     assert claims["influence stays in class"].verdict == "supported"
+    strong = influence_claims(3 * own + common + 0.3 * noise, digits)
+    assert strong["the most moved are of its class"].verdict == "supported"
+
+
+def test_the_most_moved_images_are_counted_by_class(digits: Splits) -> None:
+    """Of nine images that point 0 helps most six are made to be of its class; the others' are all of another."""
+    classes = digits.test.labels.hard()
+    own, other = (classes == 0).nonzero()[:6, 0], (classes == 1).nonzero()[:3, 0]
+    influence = torch.zeros(1, 10, len(classes))
+    influence[0, 0, own], influence[0, 0, other] = 1.0, 2.0
+    for j in range(1, 10):
+        influence[0, j, (classes == 0).nonzero()[:9, 0]] = 1.0
+    found = made({"dm": influence}, digits).most_moved("dm")
+    assert found.value == pytest.approx((6 / 9) / 10) and found.n == 10
 
 
 def test_real_noise_with_a_weak_common_part_is_not_called_reliable(digits: Splits) -> None:
@@ -125,6 +141,7 @@ def test_influence_of_real_points_stays_in_class(digits: Splits, runs: Runs) -> 
     # The claim's positive control: it is as true of a real subset.
     result = LeaveOneOut(TINY, SHORT, inits=2)(Sets({"a": subsets(digits, "c", 1)}), digits, runs, key=KEY)
     assert claims(result)["a", "influence stays in class"] == "supported"
+    assert claims(result)["a", "the most moved are of its class"] == "supported"
 
 
 def test_leave_one_out_equals_retraining_on_the_smaller_set(digits: Splits, runs: Runs) -> None:

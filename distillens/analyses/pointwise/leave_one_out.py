@@ -132,6 +132,7 @@ class LeaveOneOut:
             distilled=tuple(name for name in sets.distilled if name in found),
             classes=real.test.classes,
             test_labels=real.test.labels.hard(),
+            top=self.top,
             **{part: {name: one[part] for name, one in found.items()} for part in next(iter(found.values()))},
         )
 
@@ -212,7 +213,7 @@ def needed(agreement: float) -> float:
 class LeaveOneOutResult(Result):
     """Influences on test images [inits, P, n] by set, what they agree on, and the images they move most.
 
-    ``rounding`` [inits, n] is how far rounding alone moves the loss of each image, ``grouped`` [inits, groups, n] how far
+    ``top`` images count as those that a point moves most; ``rounding`` [inits, n] is how far rounding alone moves the loss of each image, ``grouped`` [inits, groups, n] how far
     leaving out each of ``members`` does.
     """
 
@@ -223,6 +224,7 @@ class LeaveOneOutResult(Result):
     distilled: tuple[str, ...]
     classes: tuple[str, ...]
     test_labels: torch.Tensor
+    top: int
     labels: Mapping[str, torch.Tensor]
     influence: Mapping[str, torch.Tensor]
     correctness: Mapping[str, torch.Tensor]
@@ -275,6 +277,13 @@ class LeaveOneOutResult(Result):
         """Share of positive influence on the own class minus that class's share of the images."""
         return Estimate.mean(self.shared[name].tolist(), POINT)
 
+    def most_moved(self, name: str) -> Estimate:
+        """The share of the ``top`` test images that each point helps most which are of its class."""
+        effect = self.mean_influence(name)
+        most = effect.topk(min(self.top, effect.shape[1]), dim=1).indices
+        own = self.test_labels.cpu()[most.cpu()] == self.labels[name].cpu()[:, None]
+        return Estimate.mean(own.double().mean(1).tolist(), POINT)
+
     def total(self, name: str, point: int) -> Estimate:
         """By how much a point lowers the mean test loss, over initialisations."""
         return Estimate.mean(self.influence[name][:, point].mean(1).tolist(), INIT)
@@ -287,7 +296,7 @@ class LeaveOneOutResult(Result):
         return found | {f"{name}: own-class share above chance": self.stays(name) for name in self.influence}
 
     def claims(self) -> tuple[Claim, ...]:
-        """Influences repeat between initialisations, more than those of real images, and stay in the point's class."""
+        """Influences repeat between initialisations, more than those of real images; stay in class; the most moved images are of it."""
         claims = []
         for name in self.distilled:
             claims += [
@@ -308,6 +317,17 @@ class LeaveOneOutResult(Result):
                     self.stays(name),
                     "greater",
                     0.05,
+                    "influences shuffled over the images",
+                    "a random real subset (the positive control)",
+                    "paper T9",
+                ),
+                Claim(
+                    "the most moved are of its class",
+                    name,
+                    f"more than half of the {self.top} test images that a point helps most are of its class",
+                    self.most_moved(name),
+                    "greater",
+                    0.5,
                     "influences shuffled over the images",
                     "a random real subset (the positive control)",
                     "paper T9",
@@ -352,6 +372,7 @@ class LeaveOneOutResult(Result):
                     over_points,
                     _count(over_points),
                     self.stays(name),
+                    self.most_moved(name),
                 )
             )
         columns = (
@@ -363,6 +384,7 @@ class LeaveOneOutResult(Result):
             "agreement over points",
             f"initialisations for {RELIABLE:g} of these",
             "own-class share above chance",
+            f"of the {self.top} most moved, of its class",
         )
         return Table("How far influences can be trusted, and where they fall", columns, tuple(rows))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -53,7 +53,7 @@ class Semantics:
     Replicate 0 of each set is taken; its trainings are those of ``pointwise/leave_one_out``. ``only`` keeps the named sets (all where empty).
 
     Source: Yang et al. 2024, section 5: LLaVA's answers on influenced images. Its questions, statistics and figures are not
-    known (its code has none of it), so there is no preset of it.
+    known: its code has none of it.
     """
 
     question: ClassVar[str] = (
@@ -84,6 +84,15 @@ class Semantics:
         """The paper's training with the field's network, measured attributes; 15 images of some 45 a class on digits' scale, else 50."""
         small = like.shape[1] * like.shape[2] <= 256
         return cls(ConvNet.defaults(like), top=15 if small else 50)
+
+    @classmethod
+    def as_published(cls, like: Dataset) -> Semantics:
+        """What is known of it: the paper's leave-one-out training, from two initialisations as there.
+
+        What the images are asked is not known. Attributes are measured, so that no model is needed; ``source=vlm`` asks one of
+        the paper's kind.
+        """
+        return replace(cls.defaults(like), inits=2)
 
     def trainings(self, sets: Sets, real: Splits, *, key: Key) -> list[Training]:
         """The populations of each set, the same as in leave-one-out."""
@@ -441,6 +450,7 @@ class SemanticsResult(Result):
                     LEAST,
                     "influences that have nothing to do with the attributes",
                     "points that help images with a coloured corner, on half of a class",
+                    "paper, section 5",
                 )
             )
             beyond = self.beyond_real(name)
