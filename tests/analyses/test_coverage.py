@@ -15,10 +15,12 @@ from sklearn.cluster import KMeans
 from distillens.analyses.representativeness._trajectory import along, by_replicate
 from distillens.analyses.representativeness.coverage import (
     FIGURES,
+    SEEN,
     UNSEEN,
     Coverage,
     CoverageResult,
     _el2n,
+    _View,
     cmi,
     measured,
     vendi,
@@ -39,6 +41,7 @@ from distillens.nets.resnet18 import ResNet18
 from distillens.runs import Runs
 from tests.analyses.by_hand import class_means, subsets_at
 
+SPLITS = ("val", "train")
 DRAWS, ALARMS, REPLICATES, PAIRS = 1000, 70, 5, 60
 SEED = Key(20261125, ("coverage",))
 KEY = Key(53, ("coverage",))
@@ -47,26 +50,42 @@ K = 5  # neighbours
 
 
 class Bank:
-    """Distances between test and validation images of each class, as five networks see them."""
+    """Distances between test images of each class and those of a split, "val" or "train", as five networks see them."""
 
     def __init__(self) -> None:
         tensors = read_tensors(Path(__file__).parents[1] / "bank" / "coverage.safetensors")[0]
-        self.across = [tensors[f"across.{c}"].double() for c in range(10)]
         self.scores = [tensors[f"scores.{c}"].double() for c in range(10)]
-        self.among = [square(tensors[f"among.{c}"], one.shape[1]) for c, one in enumerate(self.across)]
-        self.within = [square(tensors[f"within.{c}"], one.shape[2]) for c, one in enumerate(self.across)]
+        self.among = [square(tensors[f"among.{c}"], len(one)) for c, one in enumerate(self.scores)]
+        self.across, self.within = {}, {}
+        for split in SPLITS:
+            self.across[split] = [tensors[f"across.{split}.{c}"].double() for c in range(10)]
+            self.within[split] = [
+                square(tensors[f"within.{split}.{c}"], one.shape[2])
+                for c, one in enumerate(self.across[split])
+            ]
+        self._pairs: dict[tuple[str, int], list[list[tuple[torch.Tensor, torch.Tensor]]]] = {}
 
-    def measured(self, j: int, c: int, members: torch.Tensor) -> torch.Tensor:
-        """The figures of some validation images of a class, as network j sees them."""
-        own = self.within[c][j][members][:, members]
-        return measured(self.among[c][j], self.across[c][j][:, members], own, self.scores[c], K)
+    def measured(self, split: str, j: int, c: int, members: torch.Tensor) -> torch.Tensor:
+        """The figures of some images of a class, as network j sees them."""
+        own = self.within[split][c][j][members][:, members]
+        across = self.across[split][c][j][:, members]
+        return measured(self.among[c][j], across, own, self.scores[c], K)
 
-    def pair(self, j: int, ipc: int, place: Key) -> tuple[torch.Tensor, torch.Tensor]:
+    def pairs(self, split: str, ipc: int) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+        """So many pairs for each network."""
+        if (split, ipc) not in self._pairs:
+            self._pairs[split, ipc] = [
+                [self.pair(split, j, ipc, SEED.fold("pair", split, ipc, j, i)) for i in range(PAIRS)]
+                for j in range(REPLICATES)
+            ]
+        return self._pairs[split, ipc]
+
+    def pair(self, split: str, j: int, ipc: int, place: Key) -> tuple[torch.Tensor, torch.Tensor]:
         """Two random sets of other images each, [figures, classes]."""
         found = []
-        for c, one in enumerate(self.within):
+        for c, one in enumerate(self.within[split]):
             order = place.fold(c).permutation(one.shape[1])
-            found.append([self.measured(j, c, part) for part in (order[:ipc], order[ipc : 2 * ipc])])
+            found.append([self.measured(split, j, c, part) for part in (order[:ipc], order[ipc : 2 * ipc])])
         first, second = zip(*found, strict=True)
         return torch.stack(first, 1), torch.stack(second, 1)
 
@@ -88,12 +107,16 @@ def runs() -> Runs:
     return Runs(Plan())
 
 
-def claims_of(own: torch.Tensor, other: torch.Tensor) -> dict[str, Claim]:
-    """The claims about a set with figures [figures, replicates, networks, classes], and those of real images beside it."""
-    last = torch.zeros(1, *own.shape[1:], dtype=torch.float64)  # CMI: no claim is about it
-    values, beside = ({"a": torch.cat([one, last])} for one in (own, other))
+def claims_of(*figures: list[torch.Tensor]) -> dict[str, Claim]:
+    """The claims about a set by figures [figures, classes] of its replicates, of unseen and of training images beside it."""
+
+    def table(many: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        # CMI: no claim is about it.
+        return {"a": torch.stack([torch.cat([one, torch.zeros(1, 10)]) for one in many], 1)[:, :, None]}
+
+    own, unseen, seen = map(table, figures)
     names = tuple("0123456789")
-    result = CoverageResult(("a",), names, K, 30, values, beside, {"a": (100, 100)})
+    result = CoverageResult(("a",), names, K, 30, own, {UNSEEN: unseen, SEEN: seen}, {"a": (100, 100)})
     return {claim.name: claim for claim in result.claims()}
 
 
@@ -101,41 +124,54 @@ def verdicts(result: CoverageResult) -> dict[tuple[str, str], str]:
     return {(claim.subject, claim.name): claim.verdict for claim in result.claims()}
 
 
-@pytest.mark.parametrize("ipc", [1, 10])
-def test_real_images_are_told_from_others_no_more_often_than_stated(bank: Bank, ipc: int) -> None:
-    pairs = [
-        [bank.pair(j, ipc, SEED.fold("pair", ipc, j, i)) for i in range(PAIRS)] for j in range(REPLICATES)
-    ]
-    alarms: dict[str, int] = {}
+def alarms(bank: Bank, split: str, ipc: int, besides: tuple[str, str]) -> dict[str, int]:
+    """How often each claim about random real images of a split is supported beside others of these two splits."""
+    pairs = {one: bank.pairs(one, ipc) for one in SPLITS}
+    found: dict[str, int] = {}
     for i in range(DRAWS):
-        at = SEED.fold("null", ipc, i).integers(PAIRS, REPLICATES).tolist()
-        drawn = [pairs[j][p] for j, p in enumerate(at)]
-        own, other = (torch.stack(side, 1)[:, :, None] for side in zip(*drawn, strict=True))
-        for name, claim in claims_of(own, other).items():
-            alarms[name] = alarms.get(name, 0) + (claim.verdict == "supported")
-    assert ("closer together than real" in alarms) == (ipc > 1)
-    assert max(alarms.values()) <= ALARMS, alarms
+        at = list(enumerate(SEED.fold("null", ipc, i).integers(PAIRS, REPLICATES).tolist()))
+        own = [pairs[split][j][p][0] for j, p in at]
+        beside = [[pairs[one][j][p][1] for j, p in at] for one in besides]
+        for name, claim in claims_of(own, *beside).items():
+            found[name] = found.get(name, 0) + (claim.verdict == "supported")
+    return found
 
 
-def planted(bank: Bank, kind: str, ipc: int = 8) -> dict[str, Claim]:
-    """The claims about chosen validation images, beside random ones, with one network a replicate."""
-    chosen, others = [], []
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("ipc", [1, 10])
+def test_real_images_are_told_from_others_no_more_often_than_stated(bank: Bank, ipc: int, split: str) -> None:
+    found = alarms(bank, split, ipc, SPLITS)
+    assert ("closer together than real" in found) == (ipc > 1)
+    assert max(found.values()) <= ALARMS, found
+
+
+def test_beside_unseen_images_alone_training_images_would_pass_for_special(bank: Bank) -> None:
+    found = alarms(bank, "train", 10, ("val", "val"))
+    assert max(found.values()) > 2 * ALARMS, found
+
+
+def planted(bank: Bank, kind: str, split: str, ipc: int = 8) -> dict[str, Claim]:
+    """The claims about chosen images of a split, beside random ones of both, with one network a replicate."""
+    figures: tuple[list[torch.Tensor], ...] = ([], [], [])
     for j in range(REPLICATES):
         rows = []
-        for c, within in enumerate(bank.within):
+        for c, across in enumerate(bank.across[split]):
+            n = across.shape[2]
             if kind == "repeated":
-                pick = SEED.fold("repeated", j, c).integers(within.shape[1], 1).expand(ipc)
+                pick = SEED.fold("repeated", split, j, c).integers(n, 1).expand(ipc)
             elif kind == "easy":
-                nearest = bank.across[c][j].topk(K, dim=0, largest=False).indices
+                nearest = across[j].topk(K, dim=0, largest=False).indices
                 pick = bank.scores[c][nearest].mean(0).argsort()[:ipc]
             else:
-                pick = greedy(bank.among[c][j], bank.across[c][j], ipc)
-            order = SEED.fold("beside", j, c).permutation(len(within[j]))[:ipc]
-            rows.append((bank.measured(j, c, pick), bank.measured(j, c, order)))
-        own, other = zip(*rows, strict=True)
-        chosen.append(torch.stack(own, 1))
-        others.append(torch.stack(other, 1))
-    return claims_of(torch.stack(chosen, 1)[:, :, None], torch.stack(others, 1)[:, :, None])
+                pick = greedy(bank.among[c][j], across[j], ipc)
+            others = [
+                bank.measured(one, j, c, SEED.fold("beside", one, j, c).permutation(n)[:ipc])
+                for one in SPLITS
+            ]
+            rows.append((bank.measured(split, j, c, pick), *others))
+        for many, of_classes in zip(figures, zip(*rows, strict=True), strict=True):
+            many.append(torch.stack(of_classes, 1))
+    return claims_of(*figures)
 
 
 def greedy(among: torch.Tensor, across: torch.Tensor, count: int) -> torch.Tensor:
@@ -151,13 +187,14 @@ def greedy(among: torch.Tensor, across: torch.Tensor, count: int) -> torch.Tenso
     return torch.tensor(picked)
 
 
-def test_plants_among_real_images_are_found(bank: Bank) -> None:
-    repeated = planted(bank, "repeated")
+@pytest.mark.parametrize("split", SPLITS)
+def test_plants_among_real_images_are_found(bank: Bank, split: str) -> None:
+    repeated = planted(bank, "repeated", split)
     assert repeated["covers less than real"].verdict == "supported"
     assert repeated["covers more than real"].verdict == "not supported"
     assert repeated["closer together than real"].verdict == "supported"
-    assert planted(bank, "greedy")["covers more than real"].verdict == "supported"
-    assert planted(bank, "easy")["among easy images"].verdict == "supported"
+    assert planted(bank, "greedy", split)["covers more than real"].verdict == "supported"
+    assert planted(bank, "easy", split)["among easy images"].verdict == "supported"
 
 
 def made(real: Splits, images: torch.Tensor) -> DistilledDataset:
@@ -317,7 +354,14 @@ def test_decoded_sets_stand_beside_as_many_real_images_as_they_hold(digits: Spli
     assert len(four.dataset()) == 80
     result = TINY(Sets({"four": (four,), "plain": (plain,)}), digits, runs, key=KEY)
     assert result.counts == {"four": (80, 80), "plain": (80, 80)}
-    assert torch.equal(result.beside["four"], result.beside["plain"])
+    for kind in (UNSEEN, SEEN):
+        assert torch.equal(result.beside[kind]["four"], result.beside[kind]["plain"])
+    # What stands beside a set is drawn where its name says.
+    (networks,) = runs.get(*TINY.trainings(Sets({"plain": (plain,)}), digits, key=KEY))
+    view = _View(networks, digits.test, torch.zeros(len(digits.test)), K)
+    for kind, split in {"unseen": digits.val, "seen": digits.train}.items():
+        drawn = view.measured(split.take(split.drawn(8, KEY.fold(kind, 0))))
+        assert torch.equal(result.beside[f"real, {kind}"]["plain"][0, 0], drawn[0])
     assert result.values["four"].shape == (len(FIGURES), 1, 5, 10)
     spread = result.figure("four", "coverage")
     assert spread is not None and spread.unit.startswith("network")

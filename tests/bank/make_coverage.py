@@ -2,8 +2,8 @@
 
     python tests/bank/make_coverage.py
 
-Real images that no network was trained on, no distilled set: distances within each class between test images, between
-these and validation images, and between validation images, as five real-trained networks see them.
+Real images, no distilled set: distances within each class between some test images, between these and some validation
+("val") or training ("train") images, and between those of one split, as five real-trained networks see them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from distillens.distillers.random_subset import RandomSubset
 from distillens.sessions import session
 
 NETWORKS = 5
+TEST, OWN = 28, 24  # images of a class: enough for two sets of ten of either split
 
 
 def upper(square: torch.Tensor) -> torch.Tensor:
@@ -40,14 +41,18 @@ def main() -> None:
         (networks,) = runs.get(*analysis.trainings(sets, real, key=key))
     early = min(networks.moments, key=lambda t: abs(t - analysis.early * analysis.recipe.steps))
     scores = _el2n(networks, networks.at(early), real.test)
-    test, val = networks.features(real.test), networks.features(real.val)
     tensors = {}
-    for c, (theirs, own) in enumerate(zip(real.test.by_class, real.val.by_class, strict=True)):
-        first, second = test[:, theirs], val[:, own]
-        tensors[f"among.{c}"] = upper(_distances(first, first)).half()
-        tensors[f"across.{c}"] = _distances(first, second).half()
-        tensors[f"within.{c}"] = upper(_distances(second, second)).half()
+    test = networks.features(real.test)
+    for c, members in enumerate(real.test.by_class):
+        theirs = members[key.fold("test", c).permutation(len(members))[:TEST]]
+        tensors[f"among.{c}"] = upper(_distances(test[:, theirs], test[:, theirs])).half()
         tensors[f"scores.{c}"] = scores[theirs].float()
+        for name, split in {"val": real.val, "train": real.train}.items():
+            of_class = split.by_class[c]
+            place = key.fold(name, c)
+            own = networks.features(split.take(of_class[place.permutation(len(of_class))[:OWN]]))
+            tensors[f"across.{name}.{c}"] = _distances(test[:, theirs], own).half()
+            tensors[f"within.{name}.{c}"] = upper(_distances(own, own)).half()
     write_tensors(Path(__file__).with_name("coverage.safetensors"), tensors)
 
 

@@ -2,7 +2,8 @@
 
     python tests/bank/make_recognition_curve.py
 
-Which images that no trajectory was trained on are right at each moment: no distilled set, so there is nothing to find.
+Which images are right at each moment, those that no trajectory was trained on and training images: no distilled set, so there
+is nothing to find.
 """
 
 from __future__ import annotations
@@ -33,16 +34,13 @@ def main() -> None:
     analysis = RecognitionCurve(like.net, like.recipe, like.moments, TRAJECTORIES)
     with session(real) as runs:
         (population,) = runs.get(*analysis.trainings(sets, real, key=key))
-    unseen = real.val.joined(real.test)
-    labels = unseen.labels.hard()
-    right = answers(population, unseen, population.moments)[0] == labels
-    tensors = {
+    tensors = {"moments": torch.tensor(population.moments), "final": population.accuracy(real.val).float()}
+    for name, data in {"unseen": real.val.joined(real.test), "seen": real.train}.items():
+        labels = data.labels.hard()
+        right = answers(population, data, population.moments)[0] == labels
         # Eight images a byte, along the images.
-        "right": torch.from_numpy(np.packbits(right.numpy(), axis=-1)),
-        "labels": labels.to(torch.uint8),
-        "moments": torch.tensor(population.moments),
-        "final": population.accuracy(real.val).float(),
-    }
+        tensors[f"right.{name}"] = torch.from_numpy(np.packbits(right.numpy(), axis=-1))
+        tensors[f"labels.{name}"] = labels.to(torch.uint8)
     write_tensors(Path(__file__).with_name("recognition_curve.safetensors"), tensors)
 
 

@@ -1,9 +1,14 @@
-"""What stands beside sets along real training, what is asked there of a network, and when something has happened."""
+"""What stands beside sets along real training, what is asked there of a network, and when something has happened.
+
+A set may hold training images, or images made from them: networks trained on all of these know them better than any that
+they have not seen. So what a set has beyond real images is held against both kinds.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +21,7 @@ from distillens.train import Population
 
 TEST = "real, test split"
 UNSEEN = "real, unseen"
+SEEN = "real, seen"  # random training images
 TOGETHER = 1 << 24  # logits held at a time, as numbers
 
 
@@ -24,10 +30,29 @@ def unseen(sets: Sets, real: Splits, key: Key) -> tuple[Dataset, ...]:
 
     Cut from the validation split; all there are of a class that has fewer.
     """
+    return _drawn(sets, real.val, key.fold("unseen"))
+
+
+def seen(sets: Sets, real: Splits, key: Key) -> tuple[Dataset, ...]:
+    """Random training images, as many a class as a set holds, for each replicate."""
+    return _drawn(sets, real.train, key.fold("seen"))
+
+
+def _drawn(sets: Sets, data: Dataset, key: Key) -> tuple[Dataset, ...]:
     replicates = sets.everything().values()
     per_class = max(1, round(next(iter(replicates))[0].ipc))
-    places = [key.fold("unseen", r) for r in range(max(map(len, replicates)))]
-    return tuple(real.val.take(real.val.drawn(per_class, place)) for place in places)
+    return tuple(data.take(data.drawn(per_class, key.fold(r))) for r in range(max(map(len, replicates))))
+
+
+def weaker(direction: Literal["greater", "less"], first: Estimate, second: Estimate) -> Estimate:
+    """Of two contrasts that must both hold the one that says less for the claim.
+
+    The claim is then supported where both are, at the level of each: a test of a union of nulls by the
+    intersection of their rejections (Berger 1982) needs no correction.
+    """
+    if direction == "greater":
+        return min(first, second, key=lambda one: (one.low, one.value))
+    return max(first, second, key=lambda one: (one.high, one.value))
 
 
 def of_test(real: Splits, count: int, key: Key) -> Dataset:

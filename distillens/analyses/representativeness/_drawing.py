@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from distillens.analyses.representativeness._beside import TEST, UNSEEN
+from distillens.analyses.representativeness._beside import SEEN, TEST, UNSEEN
 from distillens.core.palette import colour
 
 if TYPE_CHECKING:
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 def tint(name: str) -> str:
     """The colour of a name; real images are black."""
-    return colour("real" if name in (TEST, UNSEEN) else name)
+    return colour("real" if name in (TEST, UNSEEN, SEEN) else name)
 
 
 def dashes(name: str) -> str:
-    """The line of a name: unseen real images of the sets' number are dashed."""
-    return "--" if name == UNSEEN else "-"
+    """The line of a name: of real images of the sets' number the unseen ones are dashed, those of the training dotted."""
+    return {UNSEEN: "--", SEEN: ":"}.get(name, "-")
 
 
 def axis_of_updates(ax: Axes, last: int) -> None:

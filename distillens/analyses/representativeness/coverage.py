@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 
-from distillens.analyses.representativeness._beside import UNSEEN
+from distillens.analyses.representativeness._beside import SEEN, UNSEEN, weaker
+from distillens.analyses.representativeness._drawing import legend_above
 from distillens.analyses.representativeness._trajectory import (
     TRAJECTORIES,
     along,
@@ -52,14 +53,17 @@ class Coverage:
     over all trajectories. *CMI*: the mean divergence of the softmax of an image's features from their class mean; zero at
     one image a class.
 
-    Each figure stands beside that of as many real images of each class that no network has seen, cut from the
-    validation split anew for each replicate, and is compared with it in pairs. Of a class with more images than the
-    validation split has, as many as there are stand for it, drawn at random. Sets are taken as they train:
-    decoded, with the likeliest class of soft labels.
+    Each figure is compared in pairs with that of as many real images of each class, drawn anew for each replicate: of the
+    validation split, which no network has seen, and of the training split, which all have. Training images lie nearer to one
+    another and among easier images, since the networks learned them: a set that holds such images, or is made from
+    them, is no exception among real ones unless it is one beside both. So a claim's estimate is the contrast of the
+    two that says less for it, and it is supported where both are (an intersection-union test: no correction is due).
+    Of a class with more images than either split has, as many as there are stand for it, drawn at random. Sets are
+    taken as they train: decoded, with the likeliest class of soft labels.
 
     Source: Naeem et al. 2020 (coverage and density), Sener and Savarese 2018 (radius), Friedman and Dieng 2023 (Vendi
-    score), Paul et al. 2021 (EL2N), Zhong et al. 2025 (CMI). Not in the paper. Where we differ: coverage and density
-    class by class; EL2N of test images; the CMI is a mean over classes.
+    score), Paul et al. 2021 (EL2N), Zhong et al. 2025 (CMI), Berger 1982 (the test). Not in the paper. Where we differ:
+    coverage and density class by class; EL2N of test images; the CMI is a mean over classes.
     """
 
     question: ClassVar[str] = (
@@ -103,37 +107,41 @@ class Coverage:
         early = min(networks.moments, key=lambda t: abs(t - self.early * self.recipe.steps))
         scores = _el2n(networks, networks.at(early), real.test)
         values: dict[str, list[torch.Tensor]] = {name: [] for name in sets.everything()}
-        beside: dict[str, list[torch.Tensor]] = {name: [] for name in sets.everything()}
+        beside: dict[str, dict[str, list[torch.Tensor]]] = {
+            kind: {name: [] for name in sets.everything()} for kind in (UNSEEN, SEEN)
+        }
         counts: dict[str, tuple[int, int]] = {}
+        most = [min(map(len, both)) for both in zip(real.val.by_class, real.train.by_class, strict=True)]
         for r, own in enumerate(by_replicate(networks, sets)):
-            seen = _Seen(own, real.test, scores, self.neighbours)
-            place = key.fold("unseen", r)
-            orders = [m[place.fold(c).permutation(len(m))] for c, m in enumerate(real.val.by_class)]
-            measured: dict[
-                tuple[int, ...], torch.Tensor
-            ] = {}  # sets of the same size share their real images
+            view = _View(own, real.test, scores, self.neighbours)
+            kinds = {UNSEEN: (real.val, key.fold("unseen", r)), SEEN: (real.train, key.fold("seen", r))}
+            # Sets of the same size share their real images.
+            found: dict[tuple[int, ...], dict[str, torch.Tensor]] = {}
             for name, many in sets.everything().items():
                 if r >= len(many):
                     continue
                 data = many[r].dataset()
-                kept = [
-                    members[key.fold("thin", r, c).permutation(len(members))[: len(orders[c])]]
-                    for c, members in enumerate(data.by_class)
-                ]
-                sizes = tuple(map(len, kept))
-                counts.setdefault(name, (len(data), sum(sizes)))
-                values[name].append(seen.measured(data.take(torch.cat(kept))))
-                if sizes not in measured:
-                    picks = [order[:size] for order, size in zip(orders, sizes, strict=True)]
-                    measured[sizes] = seen.measured(real.val.take(torch.cat(picks)))
-                beside[name].append(measured[sizes])
+                kept = data.take(data.drawn(most, key.fold("thin", r)))
+                sizes = tuple(map(len, kept.by_class))
+                counts.setdefault(name, (len(data), len(kept)))
+                values[name].append(view.measured(kept))
+                if sizes not in found:
+                    found[sizes] = {
+                        kind: view.measured(split.take(split.drawn(sizes, place)))
+                        for kind, (split, place) in kinds.items()
+                    }
+                for kind, figures in found[sizes].items():
+                    beside[kind][name].append(figures)
         return CoverageResult(
             tuple(sets.distilled),
             real.train.classes,
             self.neighbours,
             early,
             {name: torch.stack(many, 1) for name, many in values.items()},
-            {name: torch.stack(many, 1) for name, many in beside.items()},
+            {
+                kind: {name: torch.stack(many, 1) for name, many in rows.items()}
+                for kind, rows in beside.items()
+            },
             counts,
         )
 
@@ -161,7 +169,7 @@ def _el2n(networks: Population, flat: torch.Tensor, data: Dataset) -> torch.Tens
     return lengths.mean(0).cpu()
 
 
-class _Seen:
+class _View:
     """The real data as the networks of a replicate see it, and what they see of a set beside it."""
 
     def __init__(self, networks: Population, real: Dataset, scores: torch.Tensor, neighbours: int) -> None:
@@ -242,7 +250,7 @@ def cmi(points: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class CoverageResult(Result):
-    """Every figure [figures, replicates, networks, classes] of each set, and of unseen real images ``beside`` it.
+    """Every figure [figures, replicates, networks, classes] of each set, and of real images of either kind ``beside`` it.
 
     ``early`` is the number of updates after which EL2N was taken; ``counts`` are a set's images, and those looked at.
     """
@@ -256,17 +264,17 @@ class CoverageResult(Result):
     neighbours: int
     early: int
     values: Mapping[str, torch.Tensor]
-    beside: Mapping[str, torch.Tensor]
+    beside: Mapping[str, Mapping[str, torch.Tensor]]
     counts: Mapping[str, tuple[int, int]]
 
     def figure(self, name: str, figure: str) -> Estimate | None:
-        """The mean over classes; ``UNSEEN`` is what stands beside the first set. None where it is not defined."""
-        values = self.beside[self._first] if name == UNSEEN else self.values[name]
+        """The mean over classes; ``UNSEEN`` and ``SEEN`` are those beside the first set. None where it is not defined."""
+        values = self.beside[name][self._first] if name in self.beside else self.values[name]
         return _estimate(values[FIGURES.index(figure)])
 
-    def above_real(self, name: str, figure: str, c: int | None = None) -> Estimate | None:
-        """A figure minus that of the unseen real images beside the set, paired; of one class, or their mean."""
-        apart = (self.values[name] - self.beside[name])[FIGURES.index(figure)]
+    def above_real(self, name: str, figure: str, kind: str = UNSEEN, c: int | None = None) -> Estimate | None:
+        """A figure minus that of the real images of a kind beside the set, paired; of one class, or their mean."""
+        apart = (self.values[name] - self.beside[kind][name])[FIGURES.index(figure)]
         return _estimate(apart if c is None else apart[..., c : c + 1])
 
     @property
@@ -274,76 +282,87 @@ class CoverageResult(Result):
         return next(iter(self.distilled))
 
     def headline(self) -> dict[str, Estimate]:
-        """Coverage of each distilled set and of unseen real images."""
-        found = {name: self.figure(name, "coverage") for name in (*self.distilled, UNSEEN)}
+        """Coverage of each distilled set and of real images, unseen and seen."""
+        found = {name: self.figure(name, "coverage") for name in (*self.distilled, *self.beside)}
         return {name: estimate for name, estimate in found.items() if estimate is not None}
 
     def claims(self) -> tuple[Claim, ...]:
         """Covers less, or more, than as many real images; lies closer together; stands among easy real images."""
-        asked = (
+        asked: tuple[tuple[str, str, str, Literal["greater", "less"], str], ...] = (
             (
                 "covers less than real",
-                "it covers less of its classes' real images than as many unseen real ones do",
+                "it covers less of its classes' real images than as many real ones do",
                 "coverage",
-                "one unseen real image of each class, repeated",
+                "less",
+                "one real image of each class, repeated",
             ),
             (
                 "covers more than real",
-                "it covers more of its classes' real images than as many unseen real ones do",
+                "it covers more of its classes' real images than as many real ones do",
                 "coverage",
-                "unseen real images chosen to cover the most",
+                "greater",
+                "real images chosen to cover the most",
             ),
             (
                 "closer together than real",
-                "its images lie nearer to one another than as many unseen real ones of a class do",
+                "its images lie nearer to one another than as many real ones of a class do",
                 "spacing",
-                "one unseen real image of each class, repeated",
+                "less",
+                "one real image of each class, repeated",
             ),
             (
                 "among easy images",
-                "the real images nearest to it are easier than those nearest to unseen real ones",
+                "the real images nearest to it are easier than those nearest to as many real ones",
                 "difficulty",
-                "the unseen real images whose neighbours are easiest",
+                "less",
+                "the real images whose neighbours are easiest",
             ),
         )
         claims = []
         for name in self.distilled:
-            for title, statement, figure, plant in asked:
-                estimate = self.above_real(name, figure)
-                if estimate is None:
+            for title, statement, figure, direction, plant in asked:
+                unseen, seen = (self.above_real(name, figure, kind) for kind in (UNSEEN, SEEN))
+                if unseen is None or seen is None:
                     continue
                 claims.append(
                     Claim(
                         title,
                         name,
-                        statement,
-                        estimate,
-                        "greater" if title == "covers more than real" else "less",
+                        f"{statement}: both unseen and training images (the weaker contrast of the two)",
+                        weaker(direction, unseen, seen),
+                        direction,
                         0.0,
-                        "other unseen real images in the set's place",
+                        "other unseen real images, or random training images, in the set's place",
                         plant,
                     )
                 )
         return tuple(claims)
 
     def tables(self) -> tuple[Table, ...]:
-        """All figures, each minus that of unseen real images, and coverage class by class."""
+        """All figures, each minus that of real images of either kind, and coverage class by class."""
         names = list(self.values)
-        cells = [(name, *(self.figure(name, f) or "" for f in FIGURES)) for name in (*names, UNSEEN)]
-        apart = [(name, *(self.above_real(name, f) or "" for f in FIGURES)) for name in names]
+        cells = [(name, *(self.figure(name, f) or "" for f in FIGURES)) for name in (*names, *self.beside)]
         classes = range(len(self.classes))
-        by_class = [(name, *(self.above_real(name, "coverage", c) or "" for c in classes)) for name in names]
+        by_class = [
+            (name, *(self.above_real(name, "coverage", c=c) or "" for c in classes)) for name in names
+        ]
         return (
             Table("Means over classes", ("set", *FIGURES), tuple(cells)),
-            Table("Above as many unseen real images of each class", ("set", *FIGURES), tuple(apart)),
+            self._apart("Above as many unseen real images of each class", UNSEEN),
+            self._apart("Above as many random training images of each class", SEEN),
             Table("Coverage above unseen real images, by class", ("set", *self.classes), tuple(by_class)),
         )
+
+    def _apart(self, title: str, kind: str) -> Table:
+        rows = [(name, *(self.above_real(name, f, kind) or "" for f in FIGURES)) for name in self.values]
+        return Table(title, ("set", *FIGURES), tuple(rows))
 
     def notes(self) -> tuple[str, ...]:
         """What the networks have seen, and where a figure says nothing."""
         found = [
-            f"The networks were trained on the images of real subsets; only {UNSEEN!r} is unseen. Its "
-            "images come from the validation split: the intervals cover sets and networks, not other such splits.",
+            f"The networks were trained on all training images, among them those of real subsets and {SEEN!r}; only {UNSEEN!r} is "
+            "unseen. A claim must hold beside both. The unseen images come from the validation split: the intervals "
+            "cover sets and networks, not other such splits.",
             f"Difficulty is the EL2N score after {self.early} updates.",
         ]
         if all(bool(many[FIGURES.index("spacing")].isnan().all()) for many in self.values.values()):
@@ -351,7 +370,7 @@ class CoverageResult(Result):
         thinned = [f"{name} ({seen} of {all_})" for name, (all_, seen) in self.counts.items() if seen < all_]
         if thinned:
             found.append(
-                f"Some images stand for all, as many a class as the validation split has: {', '.join(thinned)}."
+                f"Some images stand for all, as many a class as the real images to compare with: {', '.join(thinned)}."
             )
         bare = [
             f"{name} (no image of {', '.join(c for c, gone in zip(self.classes, empty, strict=True) if gone)})"
@@ -367,31 +386,34 @@ class CoverageResult(Result):
         return {self.title: self.plot, "Coverage above unseen real images, by class": self.plot_classes}
 
     def plot(self, ax: Axes) -> None:
-        """Each set's coverage with its interval, and that of unseen real images beside it."""
+        """Each set's coverage with its interval, and that of unseen and of training images beside it."""
         names = list(self.values)
+        pale = "#999999"
         for x, name in enumerate(names):
             tint = colour(name)
-            for shift, values, hollow in ((-0.1, self.values, False), (0.14, self.beside, True)):
+            for shift, values, marker, line, face in (
+                (-0.16, self.values, "o", tint, tint),
+                (0.06, self.beside[UNSEEN], "o", pale, "white"),
+                (0.2, self.beside[SEEN], "s", pale, "white"),
+            ):
                 found = _estimate(values[name][0])
                 if found is None:
                     continue
-                line = "#999999" if hollow else tint
                 if math.isfinite(found.low):
                     ax.plot([x + shift] * 2, [found.low, found.high], color=line, lw=1.4)
-                face = "white" if hollow else tint
-                ax.plot([x + shift], [found.value], "o", ms=6, mfc=face, mec=line, color=line)
+                ax.plot([x + shift], [found.value], marker, ms=6, mfc=face, mec=line, color=line)
         ax.plot([], [], "o", color="#555555", label="the set")
-        ax.plot([], [], "o", mfc="white", mec="#999999", label="as many unseen real images")
+        ax.plot([], [], "o", mfc="white", mec=pale, color=pale, label="as many unseen real images")
+        ax.plot([], [], "s", mfc="white", mec=pale, color=pale, label="as many training images")
         ax.set_xticks(range(len(names)), [name.replace("_", "\n") for name in names])
         ax.set_xlim(-0.6, len(names) - 0.4)
         ax.set_ylabel("share of real test images covered")
-        ax.legend(frameon=False, fontsize=8)
-        ax.spines[["top", "right"]].set_visible(False)
+        legend_above(ax, 3)
 
     def plot_classes(self, ax: Axes) -> None:
         """A cell a set and class."""
         names = list(self.values)
-        cells = torch.stack([(self.values[n] - self.beside[n])[0].mean((0, 1)) for n in names])
+        cells = torch.stack([(self.values[n] - self.beside[UNSEEN][n])[0].mean((0, 1)) for n in names])
         most = max(0.05, float(cells.abs().max()))
         shown = ax.imshow(cells.numpy(), cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
         if len(self.classes) <= 20:
@@ -401,7 +423,7 @@ class CoverageResult(Result):
         ax.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
         figure = ax.get_figure()
         assert figure is not None
-        figure.colorbar(shown, ax=ax, label="coverage above real")
+        figure.colorbar(shown, ax=ax, label="coverage above unseen real")
 
 
 def _estimate(values: torch.Tensor) -> Estimate | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from distillens.analyses.representativeness._drawing import axis_of_updates, legend_above
 from distillens.analyses.representativeness._trajectory import (
     TRAJECTORIES,
     along,
@@ -447,12 +448,9 @@ class LandscapeResult(Result):
             if len(own) > 1:
                 ax.fill_between(self.moments, own.amin(0), own.amax(0), color=colour(name), alpha=0.12, lw=0)
             ax.axvline(float(self.matched[name].mean()), color=colour(name), lw=0.8, ls=":")
-        ax.set_xscale("symlog", linthresh=1)
-        ax.xaxis.set_major_formatter("{x:g}")
-        ax.set_xlim(0, self.moments[-1])
-        ax.set_xlabel("update of real training (dotted: matched in validation accuracy)")
-        ax.set_ylabel("CKA of the last hidden layer")
-        _legend(ax, len(self.alike))
+        axis_of_updates(ax, self.moments[-1])
+        ax.set_ylabel("CKA of the last hidden layer\n(dotted: matched in validation accuracy)")
+        legend_above(ax, len(self.alike))
 
     def plot_lines(self, ax: Axes) -> None:
         """A line a set, the mean over replicates; dashed: between fully trained models of two initialisations."""
@@ -466,7 +464,7 @@ class LandscapeResult(Result):
         ax.set_ylim(bottom=0)
         ax.set_xlabel("share of the way from the set's model to the fully trained one")
         ax.set_ylabel("error on test images")
-        _legend(ax, len(self.profiles) + bool(len(self.others)))
+        legend_above(ax, len(self.profiles) + bool(len(self.others)))
 
     def plot_plane(self, ax: Axes, name: str) -> None:
         """Real loss (filled), the set's loss (lines), and where real error is within two points of the real optimum's."""
@@ -488,9 +486,4 @@ class LandscapeResult(Result):
         ax.plot([], [], color="#C00000", lw=1.6, label="least real error + 0.02")
         ax.set_xlabel("towards the real optimum")
         ax.set_ylabel("away from its line")
-        _legend(ax, 6)
-
-
-def _legend(ax: Axes, entries: int) -> None:
-    ax.legend(frameon=False, fontsize=8, ncols=min(entries, 4), loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    ax.spines[["top", "right"]].set_visible(False)
+        legend_above(ax, 6)

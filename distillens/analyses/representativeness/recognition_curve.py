@@ -5,19 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from distillens.analyses.representativeness._beside import (
+    SEEN,
     TEST,
     UNSEEN,
     answers,
     first_at,
     of_test,
+    seen,
     sooner,
     unseen,
     updates,
+    weaker,
 )
 from distillens.analyses.representativeness._drawing import axis_of_updates, dashes, legend_above, tint
 from distillens.analyses.representativeness._trajectory import (
@@ -45,9 +49,12 @@ NEARLY_ALL = 0.99
 
 @dataclass(frozen=True)
 class RecognitionCurve:
-    """Accuracy and loss on each set through real training, beside the test split and unseen real images.
+    """Accuracy and loss on each set through real training, beside the test split and real images of its number.
 
-    The unseen ones are a random set of the distilled set's size for each replicate, cut from the validation split. A set is
+    These are random for each replicate, unseen ones of the validation split and seen ones of the training split. Those are
+    recognised earlier because the networks learn them, and a set may hold them or be made from them: it is recognised early
+    or well if it is so beside both. A claim's estimate is the contrast of the two that says less for it, and it
+    is supported where both are (an intersection-union test, Berger 1982: no correction is due). A set is
     recognised at the moment from which the accuracy on it lies at ``level`` of the way from chance to the
     trajectories' final validation accuracy. The curve of one trajectory on a hundred images jumps: the moment is read
     from the curve that only rises and lies nearest to it (isotonic regression), so that a lucky jump is none. ``tested``
@@ -109,6 +116,7 @@ class RecognitionCurve:
         test = of_test(real, self.tested, key)
         shown = {name: tuple(one.dataset() for one in many) for name, many in sets.everything().items()} | {
             UNSEEN: unseen(sets, real, key),
+            SEEN: seen(sets, real, key),
             TEST: (test,) * len(trajectories),
         }
         accuracy, loss = {}, {}
@@ -156,62 +164,68 @@ class RecognitionCurveResult(Result):
         """The last moment."""
         return self.moments[-1]
 
+    @cached_property
+    def rising(self) -> dict[str, torch.Tensor]:
+        """The curves that only rise and lie nearest to those of the accuracy."""
+        return {name: _rising(curves) for name, curves in self.accuracy.items()}
+
     def reached(self, name: str, accuracy: float) -> torch.Tensor:
         """When the accuracy on a set lies at so much, as log(1 + updates) [replicates, trajectories]; infinite where never."""
-        return first_at(_rising(self.accuracy[name]), accuracy, self.moments)
+        return first_at(self.rising[name], accuracy, self.moments)
 
     def recognised(self, name: str) -> Estimate:
         """After how many updates a set is recognised; open above where it is not in each replicate."""
         return updates(self.reached(name, self.bar), self.last)
 
-    def earlier(self, name: str) -> Estimate:
-        """The log of the updates to a set's recognition minus that of the unseen real images, paired."""
-        return sooner(self.reached(name, self.bar), self.reached(UNSEEN, self.bar), self.last)
+    def earlier(self, name: str, kind: str = UNSEEN) -> Estimate:
+        """The log of the updates to a set's recognition minus that of the real images of a kind, paired."""
+        return sooner(self.reached(name, self.bar), self.reached(kind, self.bar), self.last)
 
-    def better(self, name: str) -> Estimate:
-        """How much higher its accuracy is than that on unseen real images, averaged over the log of the updates."""
-        own, other = (_over_logs(self.accuracy[each], self.moments) for each in (name, UNSEEN))
+    def better(self, name: str, kind: str = UNSEEN) -> Estimate:
+        """How much higher its accuracy is than that on real images of a kind, averaged over the log of the updates."""
+        own, other = (_over_logs(self.accuracy[each], self.moments) for each in (name, kind))
         pairs = min(len(own), len(other))
         (first, unit), (second, _) = units(own[:pairs]), units(other[:pairs])
         return paired(first, second, unit)
 
     def half_way(self, name: str) -> Estimate:
         """The accuracy on a set when that on the test split is half of its way from chance to its end."""
-        tests = _rising(self.accuracy[TEST])[: len(self.accuracy[name])]
+        tests = self.rising[TEST][: len(self.accuracy[name])]
         when = first_at(tests, (tests[..., -1] + 1 / self.k) / 2, self.moments)
         values, unit = units(_at(self.accuracy[name], when, self.moments))
         return Estimate.mean(values, unit)
 
     def headline(self) -> dict[str, Estimate]:
-        """The updates after which each set, and unseen real images, are recognised."""
-        return {name: self.recognised(name) for name in (*self.distilled, UNSEEN)}
+        """The updates after which each set, and real images of either kind, are recognised."""
+        return {name: self.recognised(name) for name in (*self.distilled, UNSEEN, SEEN)}
 
     def claims(self) -> tuple[Claim, ...]:
-        """Recognised earlier, and better, than unseen real images of the same number."""
+        """Recognised earlier, and better, than real images of the same number, unseen and seen."""
+        null = "other unseen real images, or random training images, in the set's place"
         claims = []
         for name in self.distilled:
             claims += [
                 Claim(
                     "recognised early",
                     name,
-                    f"real training recognises it ({self.bar:.2f} of its images) after fewer updates than as many unseen "
-                    "real images (difference of logarithms)",
-                    self.earlier(name),
+                    f"real training recognises it ({self.bar:.2f} of its images) after fewer updates than as many real "
+                    "images, unseen and training ones (difference of logarithms, the weaker of the two)",
+                    weaker("less", self.earlier(name), self.earlier(name, SEEN)),
                     "less",
                     0.0,
-                    "other unseen real images in the set's place",
+                    null,
                     "the mean training image of each class",
                     "paper T7",
                 ),
                 Claim(
                     "recognised better",
                     name,
-                    "through real training it is recognised better than as many unseen real images (mean over the logarithm "
-                    "of the updates)",
-                    self.better(name),
+                    "through real training it is recognised better than as many real images, unseen and training ones (mean "
+                    "over the logarithm of the updates, the weaker of the two)",
+                    weaker("greater", self.better(name), self.better(name, SEEN)),
                     "greater",
                     0.0,
-                    "other unseen real images in the set's place",
+                    null,
                     "the mean training image of each class",
                     "paper T7",
                 ),
@@ -223,12 +237,13 @@ class RecognitionCurveResult(Result):
         rows: list[tuple[str | int | Estimate, ...]] = []
         for name in self.accuracy:
             end, unit = units(self.accuracy[name][..., -1])
-            beside = () if name in (UNSEEN, TEST) else (self.earlier(name), self.better(name))
+            compared = () if name in (UNSEEN, SEEN, TEST) else (UNSEEN, SEEN)
             rows.append(
                 (
                     name,
                     self._moment(name, self.bar),
-                    *(beside or ("", "")),
+                    *([self.earlier(name, kind) for kind in compared] or ("", "")),
+                    *([self.better(name, kind) for kind in compared] or ("", "")),
                     self.half_way(name),
                     Estimate.mean(end, unit),
                     self._moment(name, NEARLY_ALL),
@@ -239,7 +254,9 @@ class RecognitionCurveResult(Result):
             "images",
             "recognised after updates",
             "log ratio to unseen",
+            "log ratio to seen",
             "accuracy above unseen",
+            "accuracy above seen",
             "accuracy when test is half-way",
             "accuracy at the end",
             f"{NEARLY_ALL:g} after updates",
@@ -259,9 +276,11 @@ class RecognitionCurveResult(Result):
         """How the moment is read, and what was not reached."""
         notes = [
             f"Recognised: {self.level:.0%} of the way from chance to the trajectories' final validation accuracy, read from "
-            "the rising curve nearest to each trajectory's. Loss: that of the likeliest class of a label."
+            "the rising curve nearest to each trajectory's. Loss: that of the likeliest class of a label.",
+            f"{SEEN!r}: random training images, as many as a set's, which the trajectories learn; so they do the random subset's. "
+            "A claim must hold beside these and beside unseen ones.",
         ]
-        late = [n for n in (*self.distilled, UNSEEN) if bool(self.reached(n, self.bar).isinf().any())]
+        late = [n for n in (*self.distilled, UNSEEN, SEEN) if bool(self.reached(n, self.bar).isinf().any())]
         if late:
             notes.append(
                 f"Not recognised within {self.last} updates in every replicate: {', '.join(late)}. There the last moment "
@@ -279,7 +298,7 @@ class RecognitionCurveResult(Result):
         """The accuracy on each set against the updates; a dot where it is recognised."""
         self._draw(ax, self.accuracy)
         ax.axhline(self.bar, color="grey", lw=1, ls=":")
-        for name in (*self.distilled, UNSEEN):
+        for name in (*self.distilled, UNSEEN, SEEN):
             moment = self.recognised(name)
             if math.isfinite(moment.high) or moment.n == 1:
                 ax.plot(moment.value, self.bar, "o", color=tint(name), ms=6, mec="white", zorder=5)
