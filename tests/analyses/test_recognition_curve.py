@@ -80,7 +80,8 @@ def of_bank(
 def stratified(labels: torch.Tensor, per_class: int, key: Key, among: torch.Tensor) -> torch.Tensor:
     order = key.permutation(len(labels))
     order = order[among[order]]
-    return torch.cat([order[labels[order] == c][:per_class] for c in range(10)])
+    own = labels[order]
+    return torch.cat([order[(own == c).nonzero().flatten()[:per_class]] for c in range(10)])
 
 
 def supported(claims: list[Claim]) -> int:

@@ -321,10 +321,10 @@ class RecognitionCurveResult(Result):
 
 def _rising(curves: torch.Tensor) -> torch.Tensor:
     """The curves [..., t] that only rise and lie nearest to these."""
-    from sklearn.isotonic import isotonic_regression
+    from scipy.optimize import isotonic_regression
 
     flat = curves.double().reshape(-1, curves.shape[-1])
-    return torch.stack([torch.from_numpy(isotonic_regression(one.numpy())) for one in flat]).view(
+    return torch.stack([torch.from_numpy(isotonic_regression(one.numpy()).x) for one in flat]).view(
         curves.shape
     )
 
