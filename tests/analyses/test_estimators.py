@@ -124,7 +124,7 @@ def test_few_initialisations_say_little_of_the_ceiling() -> None:
     assert all(e.value > 0 and math.isinf(e.low) and math.isinf(e.high) for e in pair.values())
     assert simulated(KEY, true, 1.0, inits=1).ceilings(torch.arange(64)) == {}
     rows = result_of({"trak": Estimate.mean([0.1, 0.2], "block")}).tables()[0].rows
-    assert rows[-1] == ("ceiling", "unknown", "unknown", "", "")
+    assert rows[-1] == ("ceiling", "unknown", "unknown", "", "1,000 and 20")
 
 
 def repeated(scores: torch.Tensor, true: torch.Tensor, times: int) -> Iterator[Estimate]:
@@ -165,6 +165,7 @@ def result_of(lds: dict[str, Estimate]) -> EstimatorsResult:
         {"a": {}},
         {"a": best},
         {"a": {}},
+        {"a": {"lds": 1000, "loo": 20}},
         30,
     )
 
@@ -180,6 +181,8 @@ def test_an_influence_function_of_a_convex_network_is_trusted(digits: Splits) ->
     assert result.loo["a"]["gauss_newton"].value > result.loo["a"]["gradient_dot"].value + 0.2
     assert result.damping["a"]["gauss_newton"] in ("0.001", "0.01", "0.1")
     assert result.passes["a"]["gradient_dot"] == 20 + 120
+    # 21 networks and 32 of 200 steps on whole batches of 20 images, from each initialisation.
+    assert result.retraining["a"] == {"loo": 21 * 20 * 200, "lds": 32 * 20 * 200}
 
 
 def test_what_is_out_of_reach_is_said(digits: Splits) -> None:

@@ -107,7 +107,8 @@ class Estimators:
         val = _some(real.val, self.images, key.fold("val images"))
         found: dict[str, SetScores] = {}
         for name, one in self._chosen(sets).items():
-            single, halves, seen = runs.get(*self._training(one, key))
+            trainings = self._training(one, key)
+            single, halves, seen = runs.get(*trainings)
             members = self._members(one, key)
             loss_test, loss_val = (
                 halves.losses(data).view(self.inits, len(members), -1) for data in (test, val)
@@ -119,6 +120,8 @@ class Estimators:
                 test,
                 val,
             )
+            for truth, training in zip(("loo", "lds"), trainings, strict=False):
+                found[name].retraining[truth] = training.image_steps // self.inits
         return EstimatorsResult(
             tuple(name for name in sets.distilled if name in found),
             {name: scores.lds for name, scores in found.items()},
@@ -129,6 +132,7 @@ class Estimators:
             {name: scores.curves for name, scores in found.items()},
             {name: scores.best for name, scores in found.items()},
             {name: scores.left_out for name, scores in found.items()},
+            {name: scores.retraining for name, scores in found.items()},
             len(test),
         )
 
@@ -333,6 +337,7 @@ class SetScores:
     curves: dict[str, torch.Tensor] = field(default_factory=dict)
     first: dict[str, float] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    retraining: dict[str, int] = field(default_factory=dict)
 
     @property
     def best(self) -> str:
@@ -342,7 +347,10 @@ class SetScores:
 
 @dataclass(frozen=True, eq=False)
 class EstimatorsResult(Result):
-    """By set and estimator: both scores, passes of one image, the damping chosen and its curve [dampings, 2]."""
+    """By set and estimator: both scores, passes of one image, the damping chosen and its curve [dampings, 2].
+
+    ``retraining`` are the passes that each truth takes from one initialisation.
+    """
 
     analysis: ClassVar[str] = "pointwise/estimators"
     title: ClassVar[str] = "Which estimator of influence can be trusted"
@@ -357,6 +365,7 @@ class EstimatorsResult(Result):
     curves: Mapping[str, Mapping[str, torch.Tensor]]
     best: Mapping[str, str]
     left_out: Mapping[str, Mapping[str, str]]
+    retraining: Mapping[str, Mapping[str, int]]
     images: int
 
     def headline(self) -> dict[str, Estimate]:
@@ -396,8 +405,9 @@ class EstimatorsResult(Result):
             )
             for each in sorted(lds, key=lambda each: -lds[each].value)
         ]
-        ceilings = self.ceilings[name]
-        rows.append(("ceiling", *(ceilings.get(truth, "unknown") for truth in ("lds", "loo")), "", ""))
+        ceilings, cost = self.ceilings[name], self.retraining[name]
+        both = " and ".join(f"{cost[truth]:,}" for truth in ("lds", "loo"))
+        rows.append(("ceiling", *(ceilings.get(truth, "unknown") for truth in ("lds", "loo")), "", both))
         columns = (
             "estimator",
             "linear datamodelling score",
@@ -414,7 +424,8 @@ class EstimatorsResult(Result):
             "nor the estimator. Estimators see the networks of the initialisations that the truths are averaged over. A pass is one "
             "image's derivative by all parameters; a product with its Hessian counts as two.",
             "The ceiling is what a perfect estimator could score: no truth agrees with anything better than with itself. Its interval "
-            "covers images or subsets and initialisations, of which three are needed.",
+            "covers images or subsets and initialisations, of which three are needed. Beside it stands what the two truths cost: the passes "
+            "of retraining from one initialisation.",
         ]
         reasons: dict[tuple[str, str], list[str]] = {}
         for name, why in self.left_out.items():
