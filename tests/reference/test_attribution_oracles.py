@@ -16,6 +16,9 @@ Where the libraries differ from what one would expect:
   target, as its documentation has it, all signs are turned round: a helpful point scores negative. It scales gradients by the
   root of the number of parameters, so its regularisation is n / P times ours.
 
+dattri is no light thing to install (see ``oracles`` in pyproject.toml), so its scores on these problems are on record
+(tests/bank/make_oracles.py). Where it is installed they are asked for again and must be those on record.
+
 Neither has a Gauss-Newton matrix of all parameters. That is checked on softmax regression, where it is the Hessian.
 """
 
@@ -24,6 +27,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -41,6 +45,7 @@ from distillens.attribution.trak import Trak
 from distillens.core.dataset import Dataset, Splits
 from distillens.core.recipe import Recipe
 from distillens.core.rng import Key
+from distillens.core.storage import read_tensors
 from distillens.engine.plan import Plan
 from distillens.nets.mlp import MLP
 from distillens.train import Training, train
@@ -50,12 +55,15 @@ POINTS, TARGETS = 30, 12
 DECAY, DAMPING = 1e-2, 0.3
 RECIPE = Recipe(steps=20, lr=0.2, weight_decay=DECAY)
 MOMENTS = (0, 5, 10, 20)
+NETS = {"regression": (MLP(0), (64, 10)), "hidden": (MLP(1, 8), (64, 8, 10))}
+BANK = Path(__file__).parents[1] / "bank" / "oracles.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
     """A trained network as ours and as a module of torch, with its points and the images that it is asked about."""
 
+    name: str
     model: Trained
     others: Dataset
     module: torch.nn.Module
@@ -98,26 +106,27 @@ class Layers(torch.nn.Module):
         return x
 
 
-def case(digits: Splits, net: MLP, sizes: tuple[int, ...]) -> Case:
+def case(digits: Splits, name: str) -> Case:
+    net, sizes = NETS[name]
     few = [members[: POINTS // 10] for members in digits.train.by_class]
     data = digits.train.take(torch.cat(few))
     others = digits.test.take(torch.arange(TARGETS))
     training = Training(data, net, RECIPE, (KEY,), snapshots=MOMENTS)
     population = train(training, Plan("loop", 1, precision="float64"))
     model = Trained.of(population, 0, data, torch.arange(POINTS), RECIPE)
-    found = Case(model, others, Layers(sizes))
+    found = Case(name, model, others, Layers(sizes))
     found.module.load_state_dict(found.state(model.final))
     return found
 
 
 @pytest.fixture(scope="module")
 def regression(digits: Splits) -> Case:
-    return case(digits, MLP(0), (64, 10))
+    return case(digits, "regression")
 
 
 @pytest.fixture(scope="module")
 def hidden(digits: Splits) -> Case:
-    return case(digits, MLP(1, 8), (64, 8, 10))
+    return case(digits, "hidden")
 
 
 @pytest.fixture(params=["regression", "hidden"])
@@ -214,6 +223,50 @@ def along() -> dict[int, float]:
     return {t: 10 * sum(RECIPE.rate(step) for step in range(t, until)) for t, until in pairwise(MOMENTS)}
 
 
+def influence(one: Case, kind: str, **options: Any) -> Any:
+    """Influence functions by a class of dattri."""
+    attributor = getattr(optional("dattri.algorithm.influence_function"), kind)
+    asked = attributor(task(one), regularization=DECAY + DAMPING, **options)
+    asked.cache(loader(one.points))
+    return asked.attribute(loader(one.points), loader(one.targets))
+
+
+def trak(one: Case, loss: Any, target: Any = margin) -> Any:
+    ridge = POINTS * DAMPING / one.model.shapes.size
+    asked = optional("dattri.algorithm.trak").TRAKAttributor(
+        task(one, loss, target),
+        together(certainty, one.module),
+        projector_kwargs={"proj_type": "identity"},
+        regularization=ridge,
+    )
+    asked.cache(loader(one.points))
+    return asked.attribute(loader(one.targets)).detach().double()
+
+
+LOSS = torch.nn.functional.cross_entropy
+ASKED: dict[str, Callable[[Case], torch.Tensor]] = {
+    "influence": lambda one: influence(one, "IFAttributorExplicit"),
+    "conjugate gradients": lambda one: influence(one, "IFAttributorCG", max_iter=40),
+    "products at the end": lambda one: products(one, one.points, one.targets),
+    "products along the way": lambda one: products(one, one.points, one.targets, along()),
+    "products among points": lambda one: products(one, one.points, one.points),
+    "products among targets": lambda one: products(one, one.targets, one.targets),
+    "trak of margins": lambda one: trak(one, margin),
+    "trak of loss and margin": lambda one: trak(one, LOSS),
+    "trak of losses": lambda one: trak(one, LOSS, LOSS),
+}
+
+
+def by_dattri(one: Case, what: str) -> torch.Tensor:
+    """What dattri says, [points, m]: on record, and the same again where it is installed."""
+    recorded = read_tensors(BANK)[0][f"{one.name}: {what}"].double()
+    if find_spec("dattri") is None:
+        return recorded
+    found = ASKED[what](one).detach().double()
+    torch.testing.assert_close(found, recorded, rtol=1e-4, atol=1e-6 * float(recorded.abs().max()))
+    return found
+
+
 def test_the_problems_have_a_damped_hessian_that_can_be_inverted(either: Case) -> None:
     values = torch.linalg.eigvalsh(hessian(either.model)) + DAMPING
     assert float(values.min()) > 0.05
@@ -236,10 +289,7 @@ def test_exact_influence_agrees_with_captum(either: Case, tmp_path: Path) -> Non
 
 
 def test_exact_influence_agrees_with_dattri(either: Case) -> None:
-    attributor = optional("dattri.algorithm.influence_function").IFAttributorExplicit
-    asked = attributor(task(either), regularization=DECAY + DAMPING)
-    asked.cache(loader(either.points))
-    theirs = either.centred(asked.attribute(loader(either.points), loader(either.targets)))
+    theirs = either.centred(by_dattri(either, "influence"))
     ours = ExactInfluence((DAMPING,))(either.model, either.others)[0]
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6 * float(ours.abs().max()))
 
@@ -262,10 +312,7 @@ def test_gauss_newton_agrees_where_it_is_the_hessian(
 
 
 def test_conjugate_gradients_agree_with_dattri(regression: Case) -> None:
-    attributor = optional("dattri.algorithm.influence_function").IFAttributorCG
-    asked = attributor(task(regression), max_iter=40, regularization=DECAY + DAMPING)
-    asked.cache(loader(regression.points))
-    theirs = regression.centred(asked.attribute(loader(regression.points), loader(regression.targets)))
+    theirs = regression.centred(by_dattri(regression, "conjugate gradients"))
     ours = ConjugateGradient((DECAY + DAMPING,), tolerance=1e-10)(regression.model, regression.others)[0]
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6 * float(ours.abs().max()))
 
@@ -278,39 +325,22 @@ def test_products_of_gradients_agree_with_captum(either: Case, tmp_path: Path) -
 
 
 def test_products_of_gradients_agree_with_dattri(either: Case) -> None:
-    last = either.centred(products(either, either.points, either.targets))
+    last = either.centred(by_dattri(either, "products at the end"))
     ours = GradientDot()(either.model, either.others)[0]
     torch.testing.assert_close(ours, last, rtol=1e-4, atol=1e-6 * float(ours.abs().max()))
-    way = either.centred(products(either, either.points, either.targets, along()))
+    way = either.centred(by_dattri(either, "products along the way"))
     ours = TracIn()(either.model, either.others)[0]
     torch.testing.assert_close(ours, way, rtol=1e-4, atol=1e-6 * float(ours.abs().max()))
 
 
 def test_cosines_follow_from_the_products_of_dattri(either: Case) -> None:
     scores, among, own = (
-        products(either, first, second)
-        for first, second in (
-            (either.points, either.targets),
-            (either.points, either.points),
-            (either.targets, either.targets),
-        )
+        by_dattri(either, f"products {which}") for which in ("at the end", "among points", "among targets")
     )
     # Lengths of the gradients less their mean, from the products among the points.
     centre = among - among.mean(0) - among.mean(1, keepdim=True) + among.mean()
     theirs = (scores - scores.mean(0)) / (centre.diagonal()[:, None] * own.diagonal()).sqrt()
     torch.testing.assert_close(GradientCosine()(either.model, either.others)[0], theirs, rtol=0, atol=1e-5)
-
-
-def trak(one: Case, loss: Any, target: Any = margin) -> Any:
-    ridge = POINTS * DAMPING / one.model.shapes.size
-    asked = optional("dattri.algorithm.trak").TRAKAttributor(
-        task(one, loss, target),
-        together(certainty, one.module),
-        projector_kwargs={"proj_type": "identity"},
-        regularization=ridge,
-    )
-    asked.cache(loader(one.points))
-    return asked.attribute(loader(one.targets)).detach().double()
 
 
 def test_trak_agrees_with_dattri_given_margins_on_both_sides(either: Case) -> None:
@@ -319,16 +349,15 @@ def test_trak_agrees_with_dattri_given_margins_on_both_sides(either: Case) -> No
     doubt = 1 - logits.softmax(1).gather(1, either.others.labels.hard()[:, None])[:, 0]
     # Ours is of the loss, -(1 - p) times the margin, and of leaving out: two signs, one more factor.
     torch.testing.assert_close(
-        ours, trak(either, margin) * doubt, rtol=1e-4, atol=1e-6 * float(ours.abs().max())
+        ours, by_dattri(either, "trak of margins") * doubt, rtol=1e-4, atol=1e-6 * float(ours.abs().max())
     )
 
 
 def test_dattri_turns_the_sign_of_trak_round_given_the_loss(either: Case) -> None:
     ours = Trak((DAMPING,))(either.model, either.others)[0]
-    loss = torch.nn.functional.cross_entropy
 
     def agreement(theirs: torch.Tensor) -> float:
         return sum(spearmanr(ours[:, i], theirs[:, i]).statistic for i in range(TARGETS)) / TARGETS
 
-    assert agreement(trak(either, loss)) < -0.2
-    assert agreement(trak(either, loss, loss)) > 0.2
+    assert agreement(by_dattri(either, "trak of loss and margin")) < -0.2
+    assert agreement(by_dattri(either, "trak of losses")) > 0.2
