@@ -6,6 +6,7 @@
     python benchmarks/study.py coresets               # on digits too: the methods that choose real images
     python benchmarks/study.py paper                  # on digits too: the paper's first question, as published
     python benchmarks/study.py representativeness     # on digits too: the second question, every analysis
+    python benchmarks/study.py pointwise              # on digits too: the third question, which estimators can be trusted
     python benchmarks/study.py cifar10 runs/cifar10   # from a folder that a study has finished: cifar10.sh
     python benchmarks/study.py paper_cifar10 study    # likewise: paper_cifar10.sh
     python benchmarks/study.py representativeness_cifar10 study    # likewise: representativeness_cifar10.sh
@@ -37,9 +38,27 @@ STUDIES: dict[str, tuple[str, dict[str, Any]]] = {
         "digits",
         {"preset": "full", "replicates": 5, "ipc": (10,), "only": ("representativeness",)},
     ),
+    # Points of replicate 0 are looked at, so there is no other. Half the steps of the defaults, alike so that networks are shared.
+    "pointwise": (
+        "digits",
+        {
+            "preset": "full",
+            "replicates": 1,
+            "ipc": (10,),
+            "only": ("pointwise/leave_one_out", "pointwise/estimators", "pointwise/shapley"),
+            "settings": (
+                *(f"{name}.recipe.steps=150" for name in ("leave_one_out", "estimators", "shapley")),
+                *(f"{name}.inits=3" for name in ("leave_one_out", "estimators")),
+            ),
+        },
+    ),
     "coresets": ("digits", {"methods": ("k_center", "k_means", "el2n", "grand", "forgetting")}),
 }
-ACCURACY = "behaviour/accuracy"
+TABLES = (
+    "behaviour/accuracy",
+    "pointwise/estimators",
+    "pointwise/shapley",
+)  # the others are in the study's report
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -54,8 +73,8 @@ def collect(folder: Path) -> dict[str, Any]:
             path.parent.name.removeprefix("ipc"), {"tables": {}, "claims": [], "headline": {}}
         )
         size["headline"][saved["analysis"]] = saved["headline"]
-        if saved["analysis"] == ACCURACY:  # the other tables are in the study's report
-            size["tables"][ACCURACY] = saved["tables"]
+        if saved["analysis"] in TABLES:
+            size["tables"][saved["analysis"]] = saved["tables"]
         kept = (
             "name",
             "subject",

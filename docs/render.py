@@ -94,16 +94,50 @@ def paper_table(name: str) -> str:
             row["verdict"],
         )
         lines.append(f"| {' | '.join(cells)} |")
-    e = saved["environment"]
-    took = "" if saved["seconds"] is None else f" in {saved['seconds'] / 60:.1f} min"
-    lines += [
-        "",
-        f"`{saved['command']}`; {saved['trainings']:,} models{took} on {e['cores']} cores ({e['machine']}, torch {e['torch']}), "
-        f"commit {e['commit']}.",
-    ]
+    lines += ["", _made_by(saved)]
     if saved["scaled"]:
         lines += ["", "Smaller than published: " + "; ".join(f"`{one}`" for one in saved["scaled"]) + "."]
     return "\n".join(lines)
+
+
+def trust_table(name: str) -> str:
+    """For every set its estimators against both truths, with ceilings and cost; then what the study was."""
+    saved = json.loads((RESULTS / f"{name}.json").read_text())
+    lines: list[str] = []
+    for size in saved["sizes"].values():
+        for table in size["tables"]["pointwise/estimators"]:
+            if not lines:
+                columns = ["set", *table["columns"]]
+                lines += [f"| {' | '.join(columns)} |", f"| {' | '.join('---' for _ in columns)} |"]
+            subject = table["title"].partition(":")[0]
+            lines += [f"| {' | '.join([subject, *map(_cell, row)])} |" for row in table["rows"]]
+    return "\n".join([*lines, "", _made_by(saved)])
+
+
+def worth_table(name: str) -> str:
+    """How far the Shapley values of every set can be trusted."""
+    saved = json.loads((RESULTS / f"{name}.json").read_text())
+    lines: list[str] = []
+    for size in saved["sizes"].values():
+        table = size["tables"]["pointwise/shapley"][0]
+        lines += [f"| {' | '.join(table['columns'])} |", f"| {' | '.join('---' for _ in table['columns'])} |"]
+        lines += [f"| {' | '.join(map(_cell, row))} |" for row in table["rows"]]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return _estimate(value)
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _made_by(saved: dict[str, Any]) -> str:
+    e = saved["environment"]
+    took = "" if saved["seconds"] is None else f" in {saved['seconds'] / 60:.1f} min"
+    return (
+        f"`{saved['command']}`; {saved['trainings']:,} models{took} on {e['cores']} cores ({e['machine']}, torch {e['torch']}), "
+        f"commit {e['commit']}."
+    )
 
 
 def cost_table() -> str:
@@ -373,6 +407,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "curvature": curvature_table,
     "representativeness digits": lambda: claims_table("representativeness"),
     "representativeness cifar10": lambda: claims_table("representativeness_cifar10"),
+    "pointwise trust": lambda: trust_table("pointwise"),
+    "pointwise worth": lambda: worth_table("pointwise"),
+    "pointwise claims": lambda: claims_table("pointwise"),
     "analyses cost": cost_table,
     "paper digits": lambda: paper_table("paper"),
     "paper cifar10": lambda: paper_table("paper_cifar10"),

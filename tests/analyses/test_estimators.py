@@ -11,7 +11,15 @@ import torch
 from scipy.stats import spearmanr
 
 from distillens.analyses.pointwise._jackknife import pseudo_values
-from distillens.analyses.pointwise.estimators import ESTIMATORS, TRUSTED, Estimators, EstimatorsResult, Truth
+from distillens.analyses.pointwise.estimators import (
+    ESTIMATORS,
+    TRUSTED,
+    Estimators,
+    EstimatorsResult,
+    Truth,
+    agreement,
+    ceiling,
+)
 from distillens.core.artefact import Order
 from distillens.core.checks import UserError
 from distillens.core.contracts import Sets
@@ -78,11 +86,45 @@ def test_the_ceiling_is_what_the_true_scores_reach() -> None:
     true = KEY.fold("true scores").normal(60, 200).double()
     truth = simulated(KEY.fold("ceiling"), true, 1.5, inits=4, subsets=400)
     ceilings = truth.ceilings(torch.arange(400))
-    assert ceilings["lds"] == pytest.approx(truth.lds(true, torch.arange(400), truth.test), abs=0.02)
-    assert ceilings["loo"] == pytest.approx(
+    assert ceilings["lds"].value == pytest.approx(truth.lds(true, torch.arange(400), truth.test), abs=0.02)
+    assert ceilings["loo"].value == pytest.approx(
         truth.loo(true.expand(4, -1, -1), torch.arange(4), torch.arange(200)), abs=0.02
     )
-    assert math.isnan(simulated(KEY, true, 1.0, inits=1).ceilings(torch.arange(64))["lds"])
+
+
+def test_a_ceiling_is_the_root_of_the_reliability_of_a_mean() -> None:
+    # One initialisation of variance 1 + 1 agrees with another at 1/2; the mean of three has the reliability 1 / (1 + 1/3).
+    assert ceiling(0.5, 3) == pytest.approx(math.sqrt(0.75))
+    assert ceiling(-0.1, 3) == 0.0 and ceiling(1.0, 3) == 1.0
+    one = KEY.fold("one").normal(3, 5, 9)
+    pairs = [spearmanr(one[a, i], one[b, i]).statistic for a, b in ((0, 1), (0, 2), (1, 2)) for i in range(5)]
+    assert agreement(one) == pytest.approx(sum(pairs) / 15)
+
+
+def test_the_interval_of_a_ceiling_covers_it() -> None:
+    true = KEY.fold("covered").normal(12, 60).double()
+    many = simulated(KEY.fold("many"), true, 2.0, inits=20, subsets=200)
+    # What 20 initialisations say of the ceiling of three.
+    expected = {
+        "loo": ceiling(agreement(many.single.transpose(1, 2)), 3),
+        "lds": ceiling(agreement(many.test.transpose(1, 2)), 3),
+    }
+    hits = dict.fromkeys(expected, 0)
+    for i in range(100):
+        found = simulated(KEY.fold("again", i), true, 2.0).ceilings(torch.arange(32, 64))
+        for name, estimate in found.items():
+            assert 0 <= estimate.low < estimate.value < estimate.high <= 1
+            hits[name] += estimate.low <= expected[name] <= estimate.high
+    assert min(hits.values()) >= 88
+
+
+def test_few_initialisations_say_little_of_the_ceiling() -> None:
+    true = KEY.fold("few").normal(8, 20).double()
+    pair = simulated(KEY, true, 1.0, inits=2).ceilings(torch.arange(64))
+    assert all(e.value > 0 and math.isinf(e.low) and math.isinf(e.high) for e in pair.values())
+    assert simulated(KEY, true, 1.0, inits=1).ceilings(torch.arange(64)) == {}
+    rows = result_of({"trak": Estimate.mean([0.1, 0.2], "block")}).tables()[0].rows
+    assert rows[-1] == ("ceiling", "unknown", "unknown", "", "1,000 and 20")
 
 
 def repeated(scores: torch.Tensor, true: torch.Tensor, times: int) -> Iterator[Estimate]:
@@ -117,12 +159,13 @@ def result_of(lds: dict[str, Estimate]) -> EstimatorsResult:
         ("a",),
         {"a": lds},
         {"a": lds},
-        {"a": {"lds": math.nan, "loo": math.nan}},
+        {"a": {}},
         {"a": dict.fromkeys(lds, 1)},
         {"a": {}},
         {"a": {}},
         {"a": best},
         {"a": {}},
+        {"a": {"lds": 1000, "loo": 20}},
         30,
     )
 
@@ -138,6 +181,8 @@ def test_an_influence_function_of_a_convex_network_is_trusted(digits: Splits) ->
     assert result.loo["a"]["gauss_newton"].value > result.loo["a"]["gradient_dot"].value + 0.2
     assert result.damping["a"]["gauss_newton"] in ("0.001", "0.01", "0.1")
     assert result.passes["a"]["gradient_dot"] == 20 + 120
+    # 21 networks and 32 of 200 steps on whole batches of 20 images, from each initialisation.
+    assert result.retraining["a"] == {"loo": 21 * 20 * 200, "lds": 32 * 20 * 200}
 
 
 def test_what_is_out_of_reach_is_said(digits: Splits) -> None:

@@ -164,7 +164,24 @@ def test_it_stops_where_the_error_is_small_enough(digits: Splits) -> None:
     fine = replace(short, error=1e-6)(sets, digits, Runs(Plan()), key=KEY)
     assert len(rough.values["a"]) == ROUND and len(fine.values["a"]) == ROUND + 2
     torch.testing.assert_close(fine.values["a"][:ROUND], rough.values["a"])
-    assert "still above 1e-06 of the mean value: a" in fine.notes()[1] and len(rough.notes()) == 1
+    assert "standard error of 1e-06 of the mean value" in fine.notes()[1] and len(rough.notes()) == 1
+    assert f"a ({relative_error(fine.values['a']):.2g} after {ROUND + 2})" in fine.notes()[1]
+    cheap = replace(short, error=1e-6, budget=1)
+    poor = cheap(sets, digits, Runs(Plan()), key=KEY)
+    # The first round is walked whatever it costs; what ended the walks is said.
+    torch.testing.assert_close(poor.values["a"], rough.values["a"])
+    assert "ended by the budget" in poor.notes()[2] and not any("budget" in note for note in fine.notes())
+    assert len(cheap.trainings(sets, digits, key=KEY)[0].keys) == ROUND * 19
+
+
+def test_a_walk_stops_at_every_size_or_at_equal_ratios() -> None:
+    assert Shapley()._sizes(10) == list(range(1, 11))
+    assert Shapley()._sizes(11) == [*range(1, 10), 11]
+    assert Shapley()._sizes(100) == [2, 3, 5, 7, 11, 17, 26, 41, 64, 100]
+    assert Shapley(stops=1)._sizes(100) == [100]
+    assert Shapley(stops=3)._sizes(1000) == [10, 100, 1000] and Shapley()._sizes(2) == [1, 2]
+    # 452 images a permutation of 100 points, 100 of ten.
+    assert Shapley()._most(100) == 4 and Shapley()._most(10) == 8
 
 
 def test_walks_are_cut_where_nothing_is_left_to_gain(digits: Splits) -> None:
@@ -195,7 +212,7 @@ def test_ordered_steps_are_walked_too(digits: Splits) -> None:
 def test_a_mislabelled_point_is_worth_least(digits: Splits, runs: Runs) -> None:
     means = class_means(digits)
     sets = Sets({"a": (more_points(means, means.stored["images"][3], 8),)})
-    result = Shapley(TINY, SHORT, permutations=8, strong=0)(sets, digits, runs, key=KEY)
+    result = Shapley(TINY, SHORT, permutations=12, stops=11, strong=0)(sets, digits, runs, key=KEY)
     assert result.order("a")[-1] == 10
     assert result.value("a", 10).high < 0
     (claim,) = result.claims()

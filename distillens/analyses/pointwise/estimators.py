@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -64,7 +64,7 @@ class Estimators:
 
     Every estimator is averaged over the same initialisations. What is damped is damped by the amount that scores best on
     the first half of the subsets and on *validation* images; all figures are of the other half and of test images.
-    A truth has a *ceiling*: what a perfect estimator could score, from how far initialisations agree.
+    A truth has a *ceiling*: what a perfect estimator could score, from how far initialisations agree, with its own interval.
 
     Replicate 0 of each set is taken, with the random real subset. ``images`` are random test images, ``only`` the
     sets to ask about (all where empty), ``estimators`` those to try.
@@ -107,7 +107,8 @@ class Estimators:
         val = _some(real.val, self.images, key.fold("val images"))
         found: dict[str, SetScores] = {}
         for name, one in self._chosen(sets).items():
-            single, halves, seen = runs.get(*self._training(one, key))
+            trainings = self._training(one, key)
+            single, halves, seen = runs.get(*trainings)
             members = self._members(one, key)
             loss_test, loss_val = (
                 halves.losses(data).view(self.inits, len(members), -1) for data in (test, val)
@@ -119,6 +120,8 @@ class Estimators:
                 test,
                 val,
             )
+            for truth, training in zip(("loo", "lds"), trainings, strict=False):
+                found[name].retraining[truth] = training.image_steps // self.inits
         return EstimatorsResult(
             tuple(name for name in sets.distilled if name in found),
             {name: scores.lds for name, scores in found.items()},
@@ -129,6 +132,7 @@ class Estimators:
             {name: scores.curves for name, scores in found.items()},
             {name: scores.best for name, scores in found.items()},
             {name: scores.left_out for name, scores in found.items()},
+            {name: scores.retraining for name, scores in found.items()},
             len(test),
         )
 
@@ -269,32 +273,63 @@ class Truth:
             parts["inits"] = pseudo_values(of_inits, inits.tensor_split(len(inits)))
         return Estimate.components(value, parts, SUBSETS_UNIT)
 
-    def ceilings(self, subsets: torch.Tensor) -> dict[str, float]:
-        """What a perfect estimator could score against each truth; NaN with a single initialisation.
+    def ceilings(self, subsets: torch.Tensor) -> dict[str, Estimate]:
+        """What a perfect estimator could score against each truth; nothing with a single initialisation.
 
-        The mean of n initialisations of which two agree at r has the reliability n r / (1 + (n - 1) r) (Spearman and
-        Brown), and nothing agrees with it better than by the root of that.
+        The interval is that of how far two initialisations agree, over blocks of images or subsets and over initialisations,
+        at its ends. Of two initialisations there is one agreement, and no interval.
         """
-        found = {}
-        for name, each in (
-            ("loo", self.single.transpose(1, 2)),
-            ("lds", self.test[:, subsets].transpose(1, 2)),
-        ):
-            pairs = list(combinations(range(len(each)), 2))
-            if not pairs:
-                found[name] = math.nan
-                continue
-            one = sum(float(rank_correlation(each[a], each[b]).mean()) for a, b in pairs) / len(pairs)
-            n, one = len(each), max(one, 0.0)
-            found[name] = math.sqrt(n * one / (1 + (n - 1) * one))
-        return found
+        inits, images = torch.arange(len(self.single)), torch.arange(self.single.shape[2])
+        if len(inits) < 2:
+            return {}
+        return {
+            "loo": self._ceiling(
+                lambda s, i: agreement(self.single[s][:, :, i].transpose(1, 2)),
+                images.tensor_split(min(BLOCKS, len(images))),
+            ),
+            "lds": self._ceiling(
+                lambda s, i: agreement(self.test[s][:, i].transpose(1, 2)), subsets.tensor_split(BLOCKS)
+            ),
+        }
+
+    def _ceiling(
+        self, agree: Callable[[torch.Tensor, torch.Tensor], float], blocks: Sequence[torch.Tensor]
+    ) -> Estimate:
+        inits, items = torch.arange(len(self.single)), torch.cat(list(blocks))
+        value = agree(inits, items)
+        parts = {"blocks": pseudo_values(lambda i: agree(inits, i), blocks)}
+        # Without one of two initialisations nothing is left to agree: one value, of which nothing is known.
+        parts["inits"] = (
+            pseudo_values(lambda s: agree(s, items), inits.tensor_split(len(inits)))
+            if len(inits) > 2
+            else [value]
+        )
+        found = Estimate.components(value, parts, SUBSETS_UNIT)
+        low, high = (ceiling(x, len(inits)) if math.isfinite(x) else x for x in (found.low, found.high))
+        return replace(found, value=ceiling(value, len(inits)), low=low, high=high)
+
+
+def agreement(truths: torch.Tensor) -> float:
+    """The mean rank correlation along the last axis of every two of the first, [inits, n, items]."""
+    pairs = list(combinations(truths, 2))
+    return sum(float(rank_correlation(a, b).mean()) for a, b in pairs) / len(pairs)
+
+
+def ceiling(agreement: float, inits: int) -> float:
+    """What can agree best with the mean of initialisations, from how far two of them agree.
+
+    The mean of n has the reliability n r / (1 + (n - 1) r) (Spearman and Brown), and nothing agrees with it better than
+    by the root of that.
+    """
+    r = min(max(agreement, 0.0), 1.0)
+    return math.sqrt(inits * r / (1 + (inits - 1) * r))
 
 
 @dataclass(eq=False)
 class SetScores:
     """What was found for one set, by estimator."""
 
-    ceilings: dict[str, float]
+    ceilings: dict[str, Estimate]
     lds: dict[str, Estimate] = field(default_factory=dict)
     loo: dict[str, Estimate] = field(default_factory=dict)
     passes: dict[str, int] = field(default_factory=dict)
@@ -302,6 +337,7 @@ class SetScores:
     curves: dict[str, torch.Tensor] = field(default_factory=dict)
     first: dict[str, float] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    retraining: dict[str, int] = field(default_factory=dict)
 
     @property
     def best(self) -> str:
@@ -311,7 +347,10 @@ class SetScores:
 
 @dataclass(frozen=True, eq=False)
 class EstimatorsResult(Result):
-    """By set and estimator: both scores, passes of one image, the damping chosen and its curve [dampings, 2]."""
+    """By set and estimator: both scores, passes of one image, the damping chosen and its curve [dampings, 2].
+
+    ``retraining`` are the passes that each truth takes from one initialisation.
+    """
 
     analysis: ClassVar[str] = "pointwise/estimators"
     title: ClassVar[str] = "Which estimator of influence can be trusted"
@@ -320,12 +359,13 @@ class EstimatorsResult(Result):
     distilled: tuple[str, ...]
     lds: Mapping[str, Mapping[str, Estimate]]
     loo: Mapping[str, Mapping[str, Estimate]]
-    ceilings: Mapping[str, Mapping[str, float]]
+    ceilings: Mapping[str, Mapping[str, Estimate]]
     passes: Mapping[str, Mapping[str, int]]
     damping: Mapping[str, Mapping[str, str]]
     curves: Mapping[str, Mapping[str, torch.Tensor]]
     best: Mapping[str, str]
     left_out: Mapping[str, Mapping[str, str]]
+    retraining: Mapping[str, Mapping[str, int]]
     images: int
 
     def headline(self) -> dict[str, Estimate]:
@@ -365,8 +405,9 @@ class EstimatorsResult(Result):
             )
             for each in sorted(lds, key=lambda each: -lds[each].value)
         ]
-        ceilings = [self.ceilings[name][truth] for truth in ("lds", "loo")]
-        rows.append(("ceiling", *("unknown" if math.isnan(x) else f"{x:.3f}" for x in ceilings), "", ""))
+        ceilings, cost = self.ceilings[name], self.retraining[name]
+        both = " and ".join(f"{cost[truth]:,}" for truth in ("lds", "loo"))
+        rows.append(("ceiling", *(ceilings.get(truth, "unknown") for truth in ("lds", "loo")), "", both))
         columns = (
             "estimator",
             "linear datamodelling score",
@@ -381,7 +422,10 @@ class EstimatorsResult(Result):
         notes = [
             f"Scores are of replicate 0 of each set, on {self.images} test images and on subsets that chose neither the damping "
             "nor the estimator. Estimators see the networks of the initialisations that the truths are averaged over. A pass is one "
-            "image's derivative by all parameters; a product with its Hessian counts as two."
+            "image's derivative by all parameters; a product with its Hessian counts as two.",
+            "The ceiling is what a perfect estimator could score: no truth agrees with anything better than with itself. Its interval "
+            "covers images or subsets and initialisations, of which three are needed. Beside it stands what the two truths cost: the passes "
+            "of retraining from one initialisation.",
         ]
         reasons: dict[tuple[str, str], list[str]] = {}
         for name, why in self.left_out.items():
@@ -393,7 +437,7 @@ class EstimatorsResult(Result):
     def panels(self) -> dict[str, Callable[[Axes], None]]:
         """Scores, then how they depend on the damping."""
         return {
-            "The linear datamodelling score of each estimator, with the ceiling as a line": self.plot,
+            "The linear datamodelling score of each estimator; the ceiling as a line, its interval at the right": self.plot,
             "The score of gauss_newton on the subsets and validation images that choose, by damping": self._plot_damping,
         }
 
@@ -409,9 +453,12 @@ class EstimatorsResult(Result):
                 e = self.lds[name][each]
                 ax.plot([x + shift] * 2, [max(e.low, -1), min(e.high, 1)], color=colour(name), lw=1.2)
                 ax.plot(x + shift, e.value, "o", color=colour(name), ms=5, label=name if not x else None)
-            ceiling = self.ceilings[name]["lds"]
-            if not math.isnan(ceiling):
-                ax.axhline(ceiling, color=colour(name), lw=0.8, ls=":")
+            if "lds" in self.ceilings[name]:
+                limit = self.ceilings[name]["lds"]
+                ax.axhline(limit.value, color=colour(name), lw=0.8, ls=":")
+                if math.isfinite(limit.low):
+                    right = len(kinds) - 0.5 + i * 0.08
+                    ax.plot([right] * 2, [limit.low, limit.high], color=colour(name), lw=1.2)
         ax.axhline(0, color="grey", lw=0.8)
         ax.set_xticks(range(len(kinds)), [each.replace("_", "\n") for each in kinds], fontsize=8)
         ax.set_ylabel("rank correlation over subsets")

@@ -43,10 +43,11 @@ class Shapley:
 
     A permutation is walked from both ends, by networks with an initialisation of its own: permutations are independent, and
     their spread is the error. A walk stops at up to ``stops`` sizes. With more points than these it takes several at a
-    time: how much more a block gains than blocks at that place do in the mean is counted for each of its points (right in the
-    mean where points of one block do not interact). After the first round walks are cut where its mean utility stays within
+    time, in sizes of equal ratio: most is gained early, where networks are cheap. How much more a block gains than blocks at that
+    place do in the mean is counted for each of its points (right in the mean where points of one block do not interact). After the first round walks are cut where its mean utility stays within
     ``tolerance`` of the whole set's; what a cut walk leaves is shared evenly. Rounds go on until the standard error of
-    a value (root mean square) is at most ``error`` of the mean value, or ``permutations`` are walked.
+    a value (root mean square) is at most ``error`` of the mean value, or ``permutations`` are walked, or the images of all
+    walked networks would be more than ``budget`` (the first round is always walked). The error reached is reported.
 
     The interaction of two points is U(S + both) - U(S + one) - U(S + other) + U(S), averaged over ``contexts``
     random coalitions S of the others, of every size alike: the Shapley interaction index. It is negative where they stand in
@@ -70,13 +71,15 @@ class Shapley:
     error: float = 0.1
     tolerance: float = 0.02
     stops: int = 10
-    strong: int = 3
+    budget: int = 2000
+    strong: int = 2
     contexts: int = 6
     pairs: tuple[tuple[int, int], ...] = ()
     only: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         at_least(1, "shapley", permutations=self.permutations, stops=self.stops, contexts=self.contexts)
+        at_least(1, "shapley", budget=self.budget)
         at_least(0, "shapley", tolerance=self.tolerance, strong=self.strong)
         positive("shapley", error=self.error)
         for pair in self.pairs:
@@ -93,7 +96,7 @@ class Shapley:
         found = []
         for one in chosen(sets, self.only, "shapley").values():
             self._check_pairs(one)
-            found.append(self._walks(one, range(self.permutations), self._sizes(len(one))[:-1], key))
+            found.append(self._walks(one, range(self._most(len(one))), self._sizes(len(one))[:-1], key))
             possible = [pair for pair in combinations(range(len(one)), 2) if pair not in self._named()]
             stand_ins = possible[: math.comb(self.strong, 2)]
             found += self._quartets(one, [*stand_ins, *self._named()], key)
@@ -136,8 +139,18 @@ class Shapley:
                 )
 
     def _sizes(self, points: int) -> list[int]:
-        """The sizes at which a walk stops; the last is all points."""
-        return sorted({math.ceil(points * (j + 1) / self.stops) for j in range(self.stops)})
+        """The sizes at which a walk stops: all points last, in equal ratios down to steps of one."""
+        sizes = [points]
+        for left in range(min(self.stops, points) - 1, 0, -1):
+            # As many sizes as are left must lie below.
+            smaller = math.ceil(sizes[0] ** (left / (left + 1)) - 1e-9)
+            sizes.insert(0, min(max(smaller, left), sizes[0] - 1))
+        return sizes
+
+    def _most(self, points: int) -> int:
+        """The most permutations that are walked."""
+        images = points + 2 * sum(self._sizes(points)[:-1])
+        return min(self.permutations, max(ROUND, self.budget // images))
 
     def _order(self, one: DistilledDataset, i: int, key: Key) -> torch.Tensor:
         return key.fold("shapley", "order", i).permutation(len(one))
@@ -161,9 +174,9 @@ class Shapley:
         """
         sizes = self._sizes(len(one))
         walked: list[torch.Tensor] = []
-        cuts, cut = [], len(sizes) - 1
-        while len(walked) < self.permutations:
-            which = range(len(walked), min(len(walked) + ROUND, self.permutations))
+        cuts, cut, most = [], len(sizes) - 1, self._most(len(one))
+        while len(walked) < most:
+            which = range(len(walked), min(len(walked) + ROUND, most))
             (population,) = runs.get(self._walks(one, which, sizes[:cut], key))
             for utilities in population.accuracy(val).view(len(which), -1):
                 curve = torch.full((2, len(sizes)), torch.nan, dtype=torch.float64)
@@ -469,11 +482,24 @@ class ShapleyResult(Result):
             "Values are those of one replicate a set, on the validation split; the intervals cover permutations and "
             "initialisations, not other distillations."
         ]
-        missed = [n for n, v in self.values.items() if len(v) < 2 or relative_error(v) > self.error]
+        missed = {
+            name: relative_error(values) if len(values) > 1 else math.nan
+            for name, values in self.values.items()
+            if len(values) < 2 or relative_error(values) > self.error
+        }
         if missed:
+            reached = (
+                f"{name} ({'unknown' if math.isnan(error) else f'{error:.2g}'} after {len(self.values[name])})"
+                for name, error in missed.items()
+            )
             notes.append(
-                f"After {self.permutations} permutation{'s' if self.permutations > 1 else ''} the standard error is "
-                f"still above {self.error:g} of the mean value: {', '.join(missed)}."
+                f"Asked for was a standard error of {self.error:g} of the mean value. It is larger, after so many "
+                f"permutations: {', '.join(reached)}."
+            )
+        if any(len(self.values[name]) < self.permutations for name in missed):
+            notes.append(
+                "Walks were ended by the budget: more are had by a larger `budget`, and the table says how many the asked "
+                "error takes."
             )
         blocks = [name for name, sizes in self.sizes.items() if len(sizes) < self.values[name].shape[1]]
         if blocks:
