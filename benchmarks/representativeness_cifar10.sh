@@ -10,5 +10,5 @@ exec distillens study --preset wddl --precision bfloat16 --analyses representati
   --set early_agreement.subset=24 --set early_agreement.subset_recipe.steps=200 --set early_agreement.least_per_class=4 \
   --set early_agreement.most_per_class=60 --set early_agreement.tolerance=0.02 \
   --set recognition_curve.net.width=32 --set recognition_curve.moments=48 --set recognition_curve.tested=2000 \
-  --set curvature.net.width=32 --set curvature.moments=48 --set curvature.looks=6 --set curvature.last=0 --set curvature.error=0.1 \
+  --set curvature.net.width=32 --set curvature.moments=48 --set curvature.looks=8 --set curvature.last=0 --set curvature.error=0.1 \
   --set curvature.most=8 --set curvature.images=32 --set curvature.top=0 --set herding.net.width=32 --set herding.recipe.steps=300

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.func import jvp
 
@@ -19,7 +20,10 @@ from distillens.core.dataset import Dataset
 from distillens.core.vector import Shapes
 
 TOGETHER = 1 << 18  # pixels that one pass takes: derivatives of both orders travel with every activation
-PILOT = 6  # probes from which the number of probes is chosen
+FIRST = 4  # measurements of each moment before their number is chosen
+GROWTH = 2  # times as many measurements at most, from one choice to the next
+REACH = 8.0  # updates over which a trace bends: about what momentum of 0.9 remembers
+NEAR = 9  # moments whose measurements together tell the noise of the one in their middle
 
 
 def quadratic_forms(
@@ -101,84 +105,74 @@ class Curved:
 
 @dataclass(frozen=True)
 class Trace:
-    """An estimated trace, its standard error, how many probes it took and how many example-products."""
+    """An estimated trace, its standard error, how many measurements it took and how many example-products."""
 
     value: float
     error: float
-    probes: int
+    measurements: int
     products: int
 
 
-def trace(form: Callable[[int], float], images: int, error: float, most: int) -> Trace:
-    """A trace from independent measurements ``form(i)`` of it, each of which meets ``images`` images.
-
-    As many as bring the standard error down to ``error`` times the trace, from ``PILOT`` to ``most``, chosen from the spread of
-    the first ``PILOT`` (two stages, Stein 1945). The pilot counts in the mean too, which leans by less than a hundredth of the
-    trace where the spread is lopsided. The published estimator (PyHessian 0.1) stops when its running mean has moved by less
-    than a thousandth, which a lucky small change can end.
-    """
-    return _measured(form, images, lambda mean: error * abs(mean), PILOT, most)
-
-
-def bridge(
-    form: Callable[[int, int], float],
-    moments: Sequence[int],
-    first: Trace,
-    last: Trace,
-    images: int,
-    error: float,
-    most: int,
+def curve(
+    measure: Callable[[int, int], float], moments: Sequence[int], images: int, error: float, most: int
 ) -> list[Trace]:
-    """Traces at the moments between two at which they are known, by measurements of what lies beside the straight line.
+    """The trace along training, from independent measurements ``measure(i, t)`` of it, each of which meets ``images`` images.
 
-    ``form(i, t)`` is measurement i at moment t: the same probe and the same ``images`` images at all moments. Of a measurement
-    only its distance from the line between its own ends is taken, which spreads less than the measurement itself (docs/representativeness.md),
-    for the loss bends smoothly along training. ``moments`` holds the ends too. As many as bring what the bridge adds to the error
-    down to half of ``error`` times the trace, from ``PILOT`` to ``most``.
-
-    The errors of the two ends are taken to be the same in sign: those of common probes are nearly so.
+    A measurement alone is rough, but the trace bends smoothly along training, so neighbours help each other: all are joined by a
+    Gaussian process (``joined``). From ``FIRST`` measurements a moment on, moments whose standard error is above ``error`` times
+    the trace get more, up to ``most``, until none is. The published estimator (PyHessian 0.1) measures each moment anew, and
+    stops when its running mean has moved by less than a thousandth, which a lucky small change can end.
     """
-    start, end = moments[0], moments[-1]
-    ends: dict[int, tuple[float, float]] = {}
-    found: list[Trace] = []
-    for t in moments[1:-1]:
-        share = (end - t) / (end - start)
-        line = share * first.value + (1 - share) * last.value
-        before = len(ends)
-
-        def beside(i: int, t: int = t, share: float = share) -> float:
-            if i not in ends:
-                ends[i] = form(i, start), form(i, end)
-            return form(i, t) - share * ends[i][0] - (1 - share) * ends[i][1]
-
-        def wanted(mean: float, line: float = line) -> float:
-            return error * abs(line + mean) / 2
-
-        own = _measured(beside, images, wanted, PILOT, most)
-        both = share * first.error + (1 - share) * last.error
-        # Each measurement's ends are met once for all moments between them.
-        products = own.products + 2 * (len(ends) - before) * images
-        found.append(Trace(line + own.value, math.hypot(both, own.error), own.probes, products))
-    return found
+    values = [[measure(i, t) for i in range(FIRST)] for t in moments]
+    while True:
+        mean, spread = joined(moments, values)
+        wanted = [
+            min(most, max(len(own) + 1, math.ceil(len(own) * min(GROWTH, (sd / (error * abs(m))) ** 2))))
+            if m and sd > error * abs(m)
+            else len(own)
+            for own, m, sd in zip(values, mean, spread, strict=True)
+        ]
+        if all(len(own) >= count for own, count in zip(values, wanted, strict=True)):
+            break
+        for t, own, count in zip(moments, values, wanted, strict=True):
+            own += [measure(i, t) for i in range(len(own), count)]
+    return [
+        Trace(m, sd, len(own), len(own) * images) for own, m, sd in zip(values, mean, spread, strict=True)
+    ]
 
 
-def _measured(
-    form: Callable[[int], float], images: int, wanted: Callable[[float], float], least: int, most: int
-) -> Trace:
-    """The mean of measurements, as many as bring its error down to what is wanted of such a mean."""
-    values = [form(i) for i in range(least)]
-    mean, spread = _moments(values)
-    goal = wanted(mean)
-    # A goal of nothing cannot be reached: the trace is about nothing itself.
-    count = math.ceil(min(most, (spread / goal) ** 2)) if goal else most if spread else least
-    values += [form(i) for i in range(least, min(max(count, least), most))]
-    mean, spread = _moments(values)
-    return Trace(mean, spread / math.sqrt(len(values)), len(values), len(values) * images)
+def joined(moments: Sequence[int], values: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
+    """The curve at each moment and its standard error, by a Gaussian process through measurements ``values`` of it (two or more each).
 
+    Its kernel is Matern's of smoothness 5/2 over the updates, ``REACH`` long and as high as maximum likelihood says. A longer reach, which the
+    likelihood would often choose, takes the small waves that momentum makes for noise: stated errors would be too small. The noise
+    of a moment's mean is that of its own measurements and of those of the ``NEAR`` nearest moments, which count as ``FIRST`` more.
 
-def _moments(values: list[float]) -> tuple[float, float]:
-    mean = math.fsum(values) / len(values)
-    return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
+    Source: Rasmussen and Williams 2006, chapters 2 and 5.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.gaussian_process import GaussianProcessRegressor
+    from sklearn.gaussian_process.kernels import ConstantKernel, Matern
+
+    means = np.array([math.fsum(own) / len(own) for own in values])
+    squares = np.array([math.fsum((v - m) ** 2 for v in own) for own, m in zip(values, means, strict=True)])
+    counts = np.array([len(own) for own in values])
+    places = np.arange(len(values))
+    starts = (places - NEAR // 2).clip(0, max(0, len(values) - NEAR))
+    near = (places >= starts[:, None]) & (places < starts[:, None] + NEAR)
+    pooled = (near @ squares) / (near @ (counts - 1))
+    noise = (squares + FIRST * pooled) / (counts - 1 + FIRST) / counts
+    scale = float(np.abs(means).max()) or 1.0
+    # A kernel matrix of close moments is all but singular: a millionth of the scale stands for rounding.
+    process = GaussianProcessRegressor(
+        ConstantKernel(1.0, (1e-2, 1e2)) * Matern(REACH, "fixed", nu=2.5), alpha=noise / scale**2 + 1e-12
+    )
+    at = np.array(moments, dtype=float)[:, None]
+    with warnings.catch_warnings():
+        # Where measurements leave the reach open, it stops at a bound: so it should.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        mean, spread = process.fit(at, means / scale).predict(at, return_std=True)
+    return (mean * scale).tolist(), (spread * scale).tolist()
 
 
 def largest_eigenvalues(curved: Curved, count: int, start: torch.Tensor) -> torch.Tensor:

@@ -70,7 +70,7 @@ TINY: dict[str, Any] = {
     "representativeness/coverage": Coverage(NET, SHORT.but(batch=256), moments=5, trajectories=2),
     "representativeness/clock": Clock(NET, SHORT, SHORT, moments=6, trajectories=2, looks=4, tested=100),
     "representativeness/curvature": Curvature(
-        NET, SHORT, moments=5, trajectories=2, looks=4, most=8, images=16, top=2, sample=20
+        NET, SHORT, moments=5, trajectories=2, most=8, images=16, top=2, sample=20
     ),
     "representativeness/early_agreement": EarlyAgreement(
         NET,

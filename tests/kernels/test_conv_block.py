@@ -175,3 +175,12 @@ def test_images_with_colours_last_in_memory_are_the_same_images(channels: int) -
     for tensors in (last, strange):
         for one, other in zip(derivatives(conv_block.fused, tensors, 1, 1, 2), expected, strict=True):
             assert torch.equal(one, other)
+
+
+def test_pooling_under_a_derivative_leaves_nothing_of_it_behind() -> None:
+    """The first images of a size may be met there: a process that reads its networks from a store meets them so."""
+    x = Key(7).normal(2, 3, 6, 5)
+    conv_block._pooling_matrix.cache_clear()
+    inside = torch.func.jvp(lambda y: torch.func.jvp(conv_block.average_pool, (y,), (x,))[1], (x,), (x,))[0]
+    assert torch.allclose(inside, F.avg_pool2d(x, 2))
+    assert torch.allclose(conv_block.average_pool(x), F.avg_pool2d(x, 2))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import pairwise
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -29,7 +28,7 @@ from distillens.core.palette import colour
 from distillens.core.recipe import Recipe
 from distillens.core.result import Claim, Estimate, Result, Table, units
 from distillens.core.rng import Key
-from distillens.curvature import PILOT, Curved, Trace, bridge, lanczos, largest_eigenvalues, signs, trace
+from distillens.curvature import FIRST, Curved, Trace, curve, lanczos, largest_eigenvalues, signs
 from distillens.nets.convnet import ConvNet
 from distillens.runs import Runs
 from distillens.train import Population, Training
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
 REAL = "real"
 ALIKE = "real, as many"  # random training images, as many as the set has: what the claims compare with
 PUBLISHED_PROBES = 35  # of 25 to 45 that the paper's time a moment allows (PyHessian's stopping rule)
-BRIDGING_IMAGES = 16
 # Of the way to the greatest real trace: where the paper's dotted line at update 60 stands (its peak is at 91).
 EARLY = 2 / 3
 LATE = 0.8  # the share of the updates after which training counts as late
@@ -51,17 +49,13 @@ DENSITY_STEPS, DENSITY_STARTS = 40, 2
 class Curvature:
     """The trace of the Hessian of the loss on each set and on the real training data, at moments of real training.
 
-    One estimator for all: Hutchinson's, by products with random signs. A replicate's probes are the same for all sets and moments, so that
+    One estimator for all: Hutchinson's, by products with random signs. A replicate's signs are the same for all sets at a moment, so that
     differences between sets carry little of their noise; replicates have their own, so that the interval over replicates
-    covers it. A set of up to ``sample`` images is met whole. Of larger ones and of the real data each probe meets ``images`` random
-    images of its own: the spread between probes then counts the images' variance too, and the whole training set need never
-    be met, nor held. At each point there are as many probes as bring the standard error below ``error`` times the trace, at
-    most ``most``.
-
-    So it is at ``looks`` of the moments that the trajectories keep, up to update ``last`` (0: to the end). At those between them the trace is
-    the straight line between the two beside it, plus what probes of a few images each find beside that line: the loss bends
-    smoothly along training, so this has little spread, and a moment costs a small part of the others. What a bridge adds to
-    the error of its ends is held to half of ``error``, with ``most`` probes at most.
+    covers it. A measurement meets ``images`` images, and the next one others, in turn: the spread between measurements counts the images' variance
+    too, and the whole training set need never be met, nor held. A set of no more than ``images`` is met whole. The trace bends smoothly
+    along training, so all measurements at ``looks`` of the kept ``moments``, up to update ``last`` (0: to the end), are joined by a Gaussian process.
+    Each look gets as many as bring its standard error below ``error`` times the trace, at most ``most``. Where looks are dense, few
+    images are enough.
 
     The ``top`` largest eigenvalues are taken at three moments (a third of the way to the greatest real trace, there, and the last), on
     ``sample`` images at most; the spectral density at the last in the first replicate.
@@ -80,7 +74,7 @@ class Curvature:
     last: int = 0
     error: float = 0.05
     most: int = 40
-    images: int = 64
+    images: int = 128
     top: int = 5
     sample: int = 256
 
@@ -89,7 +83,7 @@ class Curvature:
         at_least(1, "curvature", trajectories=self.trajectories, images=self.images, sample=self.sample)
         at_least(2, "curvature", looks=self.looks, moments=self.moments)
         at_least(0, "curvature", last=self.last, top=self.top)
-        at_least(PILOT, "curvature", most=self.most)
+        at_least(FIRST, "curvature", most=self.most)
 
     @classmethod
     def defaults(cls, like: Dataset) -> Curvature:
@@ -100,19 +94,19 @@ class Curvature:
     def as_published(cls, like: Dataset) -> Curvature:
         """Every update up to the 300th, along one trajectory a replicate, at the published estimator's error.
 
-        That is 2 % of the trace (25 to 45 probes over all images). Where we differ: no smoothing, no stopping rule that a small
-        change can end, real images drawn anew for each probe in place of all 50,000, and most moments by what lies beside the
-        line between their neighbours.
+        That is 2 % of the trace (25 to 45 probes over all images). Where we differ: no stopping rule that a small change can end, a part of
+        the images in turn in place of all 50,000 at each measurement, and neighbouring moments help each other (see above).
         """
         return cls(
             ConvNet.defaults(like),
             real_recipe(like),
             moments=EVERY,
             trajectories=1,
-            looks=32,
+            looks=EVERY,
             last=300,
             error=0.02,
-            most=100,
+            most=120,
+            images=16,
         )
 
     def trainings(self, sets: Sets, real: Splits, *, key: Key) -> list[Training]:
@@ -124,7 +118,8 @@ class Curvature:
         sets.check_against(real)
         (population,) = runs.get(*self.trainings(sets, real, key=key))
         trajectories = by_replicate(population, sets)
-        moments = tuple(t for t in population.moments if not self.last or t <= self.last)
+        kept = tuple(t for t in population.moments if not self.last or t <= self.last)
+        moments = looks_of(kept, self.looks)
         place = key.fold("curvature")
         named = dict(sets.distilled) | ({RANDOM: sets.random} if sets.random else {})
         compared = _compared(named)
@@ -138,7 +133,7 @@ class Curvature:
                 if name in own
             }
             for name, data in {REAL: real.train, **alike, **own}.items():
-                about = Looked(one, data, place.fold("probe", r), name == REAL or len(data) > self.sample)
+                about = Looked(one, data, place.fold("probe", r))
                 rows[name].append([self._curve(about, j, moments) for j in range(len(one))])
                 published += PUBLISHED_PROBES * len(data) * len(one) * len(moments)
         traces = {name: _table(many, "value") for name, many in rows.items()}
@@ -152,7 +147,7 @@ class Curvature:
             moments,
             traces,
             {name: _table(many, "error") for name, many in rows.items()},
-            {name: _table(many, "probes").long() for name, many in rows.items()},
+            {name: _table(many, "measurements").long() for name, many in rows.items()},
             {name: sum(t.products for a in many for b in a for t in b) for name, many in rows.items()},
             published,
             len(real.train),
@@ -165,30 +160,20 @@ class Curvature:
 
     def _curve(self, about: Looked, j: int, moments: tuple[int, ...]) -> list[Trace]:
         """The trace at every moment of trajectory j."""
-        looks = [moments.index(t) for t in looks_of(moments, self.looks)]
-        known = {i: self._trace(about, j, moments[i]) for i in looks}
-        found = []
-        for first, last in pairwise(known):
-            found.append(known[first])
-            if last - first > 1:
-                part = replace(about, key=about.key.fold("between", first), sampled=True)
-                found += bridge(
-                    partial(part.beside, j),
-                    moments[first : last + 1],
-                    known[first],
-                    known[last],
-                    part.few,
-                    self.error,
-                    self.most,
-                )
-        return [*found, known[len(moments) - 1]]
+        images = min(self.images, len(about.data))
+        order = {moment: i for i, moment in enumerate(moments)}
 
-    def _trace(self, about: Looked, j: int, moment: int) -> Trace:
-        images = min(self.images, len(about.data)) if about.sampled else len(about.data)
-        if about.sampled:
-            return trace(lambda i: about.form(i, j, moment, images), images, self.error, self.most)
-        curved = about.curved(about.data, j, moment)
-        return trace(lambda i: curved.form(about.probe(i)), images, self.error, self.most)
+        @lru_cache(maxsize=1)  # the measurements of a moment follow one another
+        def whole(moment: int) -> Curved:
+            return about.curved(about.data, j, moment)
+
+        def measure(i: int, moment: int) -> float:
+            # Numbered through all moments: neighbours in time meet different images.
+            place = i * len(moments) + order[moment]
+            curved = whole(moment) if images == len(about.data) else about.part(place, images, j, moment)
+            return curved.form(about.probe(place, j))
+
+        return curve(measure, moments, images, self.error, self.most)
 
     def _spectra_at(self, real: torch.Tensor, moments: tuple[int, ...]) -> list[int]:
         """Where spectra are taken: on the way to the greatest real trace, there, and at the end."""
@@ -241,30 +226,22 @@ class Curvature:
 
 @dataclass(frozen=True, eq=False)
 class Looked:
-    """Data that is looked at along the trajectories of a replicate: the whole of it, or images drawn for each probe."""
+    """Data that is looked at along the trajectories of a replicate."""
 
     population: Population
     data: Dataset
     key: Key
-    sampled: bool
 
-    def probe(self, i: int) -> torch.Tensor:
-        """Random signs [P]: the same at all moments and for all data."""
-        return signs(self.key.fold(i).uniform(self.population.shapes.size))
+    def probe(self, i: int, j: int) -> torch.Tensor:
+        """The signs [P] of measurement i along trajectory j: the same for all data."""
+        return signs(self.key.fold("signs", j, i).uniform(self.population.shapes.size))
 
-    @property
-    def few(self) -> int:
-        """Images that a probe meets at a moment between two that are known."""
-        return min(BRIDGING_IMAGES, len(self.data))
-
-    def beside(self, j: int, i: int, moment: int) -> float:
-        """``v' H v`` of probe i on a few images of its own, along trajectory j."""
-        return self.form(i, j, moment, self.few)
-
-    def form(self, i: int, j: int, moment: int, images: int) -> float:
-        """``v' H v`` of probe i on random images of its own, along trajectory j."""
-        some = self.data.take(self.key.fold("images", i).permutation(len(self.data))[:images])
-        return self.curved(some, j, moment).form(self.probe(i))
+    def part(self, i: int, images: int, j: int, moment: int) -> Curved:
+        """The Hessian on the i-th so many images of the data in random order, then in another."""
+        n, first = len(self.data), i * images
+        rounds = range(first // n, (first + images - 1) // n + 1)
+        order = torch.cat([self.key.fold("images", c).permutation(n) for c in rounds])
+        return self.curved(self.data.take(order[first - rounds[0] * n :][:images]), j, moment)
 
     def curved(self, data: Dataset, j: int, moment: int) -> Curved:
         """The Hessian of the mean loss on some data."""
@@ -292,7 +269,7 @@ def _table(many: list[list[list[Trace]]], what: str) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class CurvatureResult(Result):
-    """Traces, their standard errors and probes [replicates, trajectories, moments], by set.
+    """Traces, their standard errors and measurements [replicates, trajectories, moments], by set.
 
     ``compared`` names the real images that are as many as a set's. ``products`` are the example-products of the traces, ``published`` those of the published estimator at the same points.
     """
@@ -306,7 +283,7 @@ class CurvatureResult(Result):
     moments: tuple[int, ...]
     traces: Mapping[str, torch.Tensor]
     errors: Mapping[str, torch.Tensor]
-    probes: Mapping[str, torch.Tensor]
+    measurements: Mapping[str, torch.Tensor]
     products: Mapping[str, int]
     published: int
     training_images: int
@@ -440,19 +417,19 @@ class CurvatureResult(Result):
         rows: list[tuple[str | int | Estimate, ...]] = []
         for name, values in self.traces.items():
             relative = (self.errors[name] / values.abs()).median(-1).values
-            capped = self.probes[name] >= self.most
+            capped = self.measurements[name] >= self.most
             rows.append(
                 (
                     name,
                     Estimate.mean(*units(relative)),
-                    Estimate.mean(*units(self.probes[name].double().mean(-1))),
+                    Estimate.mean(*units(self.measurements[name].double().mean(-1))),
                     f"{int(capped.sum())} of {capped.numel()}",
                 )
             )
         columns = (
             "set",
             "standard error over the trace (median moment)",
-            "probes",
+            "measurements",
             f"points that stopped at {self.most}",
         )
         return Table("How well each point is known", columns, tuple(rows))
@@ -487,8 +464,8 @@ class CurvatureResult(Result):
             f"estimator, {PUBLISHED_PROBES} probes (25 to 45) over all {self.training_images:,} training images and all images "
             f"of each set at each point, would have taken {self.published:,}: {factor:.1f} times as many, most of them for the "
             "real data.",
-            f"Probes: as many as bring the standard error to {self.error:g} of the trace, {PILOT} to {self.most}. It is that of the "
-            "estimator; the intervals over replicates hold it too.",
+            f"Measurements of a moment: as many as bring the standard error to {self.error:g} of the trace, {FIRST} to {self.most}. It is "
+            "that of the estimator; the intervals over replicates hold it too.",
         )
 
     def panels(self) -> dict[str, Callable[[Axes], None]]:
