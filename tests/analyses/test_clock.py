@@ -118,7 +118,8 @@ def test_other_real_images_and_shuffled_points_support_nothing_more_often_than_s
 def test_sets_of_half_the_age_and_real_points_are_found(bank: dict[str, torch.Tensor]) -> None:
     younger, agree = [], []
     for i in range(100):
-        ages, points = drawn(bank, KEY.fold("plant", i))
+        # Training images are the younger ones of real images: half of their age is half or less beside both.
+        ages, points = drawn(bank, KEY.fold("plant", i), "seen")
         ages["other"] = ages["other"].clamp(max=math.log1p(300)) - math.log(2)
         claims = {claim.name: claim for claim in result_of(ages, points).claims()}
         younger.append(claims["holds early training"])
