@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from sklearn.metrics import cohen_kappa_score
 
-from distillens.analyses.representativeness._beside import UNSEEN, unseen
+from distillens.analyses.representativeness._beside import SEEN, UNSEEN, seen, unseen
 from distillens.analyses.representativeness._instruments import fallen, highest, smooth
 from distillens.analyses.representativeness._trajectory import along, by_replicate
 from distillens.analyses.representativeness.clock import Clock, ClockResult
@@ -72,16 +72,19 @@ def result_of(
 
 
 def drawn(
-    bank: dict[str, torch.Tensor], place: Key
+    bank: dict[str, torch.Tensor], place: Key, kind: str = "unseen"
 ) -> tuple[dict[str, torch.Tensor], tuple[torch.Tensor, ...]]:
-    """Five trajectories, a pair of disjoint sets of unseen images along each; the points of one set."""
-    who = place.fold("who").permutation(len(bank["ages"]))[:REPLICATES]
-    pair = place.fold("pair").integers(bank["ages"].shape[1], REPLICATES)
-    first = place.fold("first").integers(2, REPLICATES)
-    ages = {
-        "other": bank["ages"][who, pair, first].double()[:, None],
-        UNSEEN: bank["ages"][who, pair, 1 - first].double()[:, None],
-    }
+    """Five trajectories, real images of a kind along each and others of both kinds beside them; the points of one set."""
+    who = place.fold("who").permutation(len(bank["points"]))[:REPLICATES]
+    ages = {}
+    for one, beside in (("unseen", UNSEEN), ("seen", SEEN)):
+        own = bank[f"ages.{one}"][who].double()
+        pair = place.fold("pair", one).integers(own.shape[1], REPLICATES)
+        first = place.fold("first", one).integers(2, REPLICATES)
+        at = torch.arange(REPLICATES)
+        if one == kind:
+            ages["other"] = own[at, pair, first][:, None]
+        ages[beside] = own[at, pair, 1 - first][:, None]
     return ages, tuple(bank["points"][j].double()[None] for j in who.tolist())
 
 
@@ -95,13 +98,14 @@ def supported(claims: list[Claim]) -> int:
     return sum(claim.verdict == "supported" for claim in claims)
 
 
-def test_other_unseen_images_and_shuffled_points_support_nothing_more_often_than_stated(
-    bank: dict[str, torch.Tensor],
+@pytest.mark.parametrize("kind", ["unseen", "seen"])
+def test_other_real_images_and_shuffled_points_support_nothing_more_often_than_stated(
+    bank: dict[str, torch.Tensor], kind: str
 ) -> None:
     found: dict[str, list[Claim]] = {}
     for i in range(DRAWS):
         place = KEY.fold("null", i)
-        ages, points = drawn(bank, place)
+        ages, points = drawn(bank, place, kind)
         mixed = tuple(shuffled(one, place.fold("shuffle", r)) for r, one in enumerate(points))
         for claim in result_of(ages, mixed).claims():
             found.setdefault(claim.name, []).append(claim)
@@ -114,7 +118,8 @@ def test_other_unseen_images_and_shuffled_points_support_nothing_more_often_than
 def test_sets_of_half_the_age_and_real_points_are_found(bank: dict[str, torch.Tensor]) -> None:
     younger, agree = [], []
     for i in range(100):
-        ages, points = drawn(bank, KEY.fold("plant", i))
+        # Training images are the younger ones of real images: half of their age is half or less beside both.
+        ages, points = drawn(bank, KEY.fold("plant", i), "seen")
         ages["other"] = ages["other"].clamp(max=math.log1p(300)) - math.log(2)
         claims = {claim.name: claim for claim in result_of(ages, points).claims()}
         younger.append(claims["holds early training"])
@@ -205,7 +210,7 @@ def test_readings_are_what_plain_loops_give(digits: Splits, runs: Runs) -> None:
     sets = Sets({"a": subsets_at(KEY.fold("plain"), digits, 1, 2)})
     result = analysis(sets, digits, runs, key=KEY)
     everything = analysis.trainings(sets, digits, key=KEY)
-    trajectories, models, _ = runs.get(*everything)
+    trajectories, models, *_ = runs.get(*everything)
     data, test = sets.distilled["a"][0].dataset(), digits.test
     shapes = trajectories.shapes
     probes = torch.stack([(KEY.fold("probe", 0, q).uniform(shapes.size) - 0.5).sign() for q in range(2)])
@@ -275,7 +280,7 @@ def test_readings_are_smoothed_over_neighbours() -> None:
 
 def test_points_are_ranked_as_scipy_ranks_them() -> None:
     ages = KEY.fold("ranks").integers(5, 2, 1, 3, 20).double()
-    result = result_of({"other": torch.ones(2, 1, 4), UNSEEN: torch.ones(2, 1, 4)}, tuple(ages))
+    result = result_of(dict.fromkeys(("other", UNSEEN, SEEN), torch.ones(2, 1, 4)), tuple(ages))
     wanted = [float(spearmanr(one[0, 0], one[0, 2]).statistic) for one in ages]
     assert result.alike("other", "recognition", "curvature").value == pytest.approx(sum(wanted) / 2)
     flat = result_of(result.ages, tuple(torch.ones_like(ages)))
@@ -288,16 +293,22 @@ def test_points_are_ranked_as_scipy_ranks_them() -> None:
 def test_what_is_not_reached_counts_as_the_last_moment_and_is_said() -> None:
     never = torch.tensor([[[1.0, 2.0, 3.0, math.inf]], [[1.0, 2.0, 3.0, 4.0]]]).double()
     unseen_ages = torch.full((2, 1, 4), math.inf).double()
-    result = result_of({"other": never, UNSEEN: unseen_ages}, (torch.ones(1, 3, 4),) * 2)
+    ages = {"other": never, UNSEEN: unseen_ages, SEEN: never + math.log(2)}
+    result = result_of(ages, (torch.ones(1, 3, 4),) * 2)
     last = math.log1p(300)
     assert result.younger("other").value == pytest.approx((6 + last) / 8 + 10 / 8 - last)
     assert result.younger("other", "curvature").value == pytest.approx((4 - last) / 2)
     assert result.age("other", "curvature").high == math.inf
     assert result.overall("other").high == result.of_class("other", 0).high == math.inf
-    late = result.tables()[2]
+    # Half the age of the training images, up to the last moment: the contrast that says less.
+    claim = result.claims()[0]
+    assert claim.estimate == result.younger("other", kind=SEEN)
+    assert claim.estimate.value == pytest.approx(-math.log(2) * 7 / 8)
+    late = result.tables()[3]
     assert late.rows == (
         ("other", "0 of 2", "0 of 2", "0 of 2", "1 of 2"),
         (UNSEEN, *["2 of 2"] * 4),
+        (SEEN, "0 of 2", "0 of 2", "0 of 2", "1 of 2"),
     )
     assert result.apart("other", "recognition", "agreement").value == pytest.approx(1.0)
     for draw in result.panels().values():
@@ -320,7 +331,8 @@ def test_it_trains_the_models_of_the_sets_from_their_trajectories_beginnings(dig
     trajectories, first, second, *beside = TINY.trainings(sets, digits, key=KEY)
     assert trajectories.keys == (*first.keys, *second.keys)
     assert first.keys == networks(KEY, 0, 2)
-    assert [t.data.fingerprint for t in beside] == [d.fingerprint for d in unseen(sets, digits, KEY)]
+    real = [*unseen(sets, digits, KEY), *seen(sets, digits, KEY)]
+    assert [t.data.fingerprint for t in beside] == [d.fingerprint for d in real]
     shared = RecognitionCurve(NET, SHORT, moments=16, trajectories=4).trainings(sets, digits, key=KEY)
     assert isinstance(trajectories, Training)
     assert shared[0].fingerprint == trajectories.fingerprint

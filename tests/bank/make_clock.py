@@ -2,8 +2,8 @@
 
     python tests/bank/make_clock.py
 
-Pairs of disjoint sets of real images that no trajectory was trained on, each with models of its own, along ten trajectories:
-no distilled set, so there is nothing to find.
+Pairs of disjoint sets of real images, of some that no trajectory was trained on and of training images, each with models of its
+own, along ten trajectories: no distilled set, so there is nothing to find.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from distillens.core.storage import write_tensors
 from distillens.data import load
 from distillens.sessions import session
 
-TRAJECTORIES, PAIRS, PER_CLASS = 10, 6, 10
+TRAJECTORIES, PAIRS, PER_CLASS = 10, 2, 10
 
 
 def pair(data: Dataset, key: Key) -> list[DistilledDataset]:
@@ -37,18 +37,25 @@ def pair(data: Dataset, key: Key) -> list[DistilledDataset]:
 def main() -> None:
     real = load("digits")
     key = Key(2025, ("bank", "clock"))
-    pairs = {p: [pair(real.val, key.fold("pair", p, r)) for r in range(TRAJECTORIES)] for p in range(PAIRS)}
+    kinds = {"unseen": (real.val, key.fold("pair")), "seen": (real.train, key.fold("seen pair"))}
+    pairs = {
+        f"{kind}{p}": [pair(data, place.fold(p, r)) for r in range(TRAJECTORIES)]
+        for kind, (data, place) in kinds.items()
+        for p in range(PAIRS)
+    }
     sets = Sets({f"{p}{'ab'[i]}": tuple(two[i] for two in many) for p, many in pairs.items() for i in (0, 1)})
     like = Clock.defaults(real.train)
     analysis = Clock(like.net, like.recipe, trajectories=TRAJECTORIES)
     with session(real) as runs:
         result = analysis(sets, real, runs, key=key)
-    ages = torch.stack(
-        [torch.stack([result.ages[f"{p}{i}"][:, 0] for i in "ab"], 1) for p in range(PAIRS)], 1
-    )
-    points = torch.stack([one[0] for one in result.point_ages["0a"]])
+    points = torch.stack([one[0] for one in result.point_ages["unseen0a"]])
     tensors = {
-        "ages": ages.float(),  # [trajectories, pairs, 2, instruments]
+        f"ages.{kind}": torch.stack(  # [trajectories, pairs, 2, instruments]
+            [torch.stack([result.ages[f"{kind}{p}{i}"][:, 0] for i in "ab"], 1) for p in range(PAIRS)],
+            1,
+        ).float()
+        for kind in kinds
+    } | {
         "points": points.half(),  # [trajectories, instruments, images]
         "moments": torch.tensor(result.moments),
     }

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from distillens.analyses.representativeness._beside import UNSEEN, of_test, sooner, unseen, updates
+from distillens.analyses.representativeness._beside import (
+    SEEN,
+    UNSEEN,
+    of_test,
+    seen,
+    sooner,
+    unseen,
+    updates,
+    weaker,
+)
 from distillens.analyses.representativeness._drawing import axis_of_updates, dashes, legend_above, tint
 from distillens.analyses.representativeness._instruments import (
     INSTRUMENTS,
@@ -60,7 +69,9 @@ class Clock:
     replicate estimate the trace, the same for all sets and moments. A class agrees on the test images of that class; a
     single image has no agreement. Of a teacher's views the mean is the label.
 
-    Beside the sets stand unseen real images of their number, as in ``recognition_curve``: they get models of their own too.
+    Beside the sets stand unseen real images and random training images of their number, as in ``recognition_curve``: they get models
+    of their own too. Training is done with its own images sooner, so a set is younger than real images if it is beside both:
+    the estimate is the contrast that says less for it (an intersection-union test, Berger 1982: no correction is due).
 
     Source: none of the whole; the instruments are those of Yang et al. 2024, section 4.
     """
@@ -94,7 +105,7 @@ class Clock:
         return cls(ConvNet.defaults(like), real_recipe(like))
 
     def trainings(self, sets: Sets, real: Splits, *, key: Key) -> list[Training]:
-        """The real trajectories, then models of each set and of unseen real images."""
+        """The real trajectories, then models of each set and of real images, unseen and seen."""
         return [
             self._along(sets, real, key),
             *(t for many in self._own(sets, real, key).values() for t in many),
@@ -120,7 +131,7 @@ class Clock:
         trajectories = by_replicate(population, sets)
         directions = [real_directions(own, moments, test) for own in trajectories]
         shown = {name: [one.dataset() for one in many] for name, many in sets.everything().items()} | {
-            UNSEEN: list(unseen(sets, real, key))
+            name: list(many) for name, many in _beside(sets, real, key).items()
         }
         readings: dict[str, list[Readings]] = {}
         for name, trainings in self._own(sets, real, key).items():
@@ -149,8 +160,8 @@ class Clock:
         return along(self.net, self.recipe, self.moments, self.trajectories, sets, real, key)
 
     def _own(self, sets: Sets, real: Splits, key: Key) -> dict[str, list[Training]]:
-        beside = unseen(sets, real, key)
-        each = -(-self.trajectories // len(beside))
+        beside = _beside(sets, real, key)
+        each = -(-self.trajectories // len(beside[UNSEEN]))
 
         def keys(r: int) -> tuple[Key, ...]:
             return networks(key, r, each)
@@ -159,8 +170,16 @@ class Clock:
             name: [on(one, self.net, self.own_recipe, keys(r)) for r, one in enumerate(many)]
             for name, many in sets.everything().items()
         }
-        found[UNSEEN] = [Training(data, self.net, self.own_recipe, keys(r)) for r, data in enumerate(beside)]
+        for name, datasets in beside.items():
+            found[name] = [
+                Training(data, self.net, self.own_recipe, keys(r)) for r, data in enumerate(datasets)
+            ]
         return found
+
+
+def _beside(sets: Sets, real: Splits, key: Key) -> dict[str, tuple[Dataset, ...]]:
+    """The real images that sets are compared with."""
+    return {UNSEEN: unseen(sets, real, key), SEEN: seen(sets, real, key)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,12 +219,12 @@ class ClockResult(Result):
             return Estimate(found.value, found.low, math.inf, found.n, found.unit)
         return found
 
-    def younger(self, name: str, instrument: str = "") -> Estimate:
-        """The log of a set's age minus that of unseen real images, paired; the mean of all instruments, or one."""
+    def younger(self, name: str, instrument: str = "", kind: str = UNSEEN) -> Estimate:
+        """The log of a set's age minus that of real images of a kind, paired; the mean of all instruments, or one."""
         if not instrument:
-            return sooner(self._over(name), self._over(UNSEEN), self.last)
+            return sooner(self._over(name), self._over(kind), self.last)
         i = INSTRUMENTS.index(instrument)
-        return sooner(self.ages[name][..., i], self.ages[UNSEEN][..., i], self.last)
+        return sooner(self.ages[name][..., i], self.ages[kind][..., i], self.last)
 
     def apart(self, name: str, first: str, second: str) -> Estimate:
         """The log of a set's age by one instrument minus that by another."""
@@ -232,23 +251,23 @@ class ClockResult(Result):
         return self.ages[name].clamp(max=math.log1p(self.last)).mean(-1)
 
     def headline(self) -> dict[str, Estimate]:
-        """The age of each set, and of unseen real images, over all instruments."""
-        return {name: self.overall(name) for name in (*self.distilled, UNSEEN)}
+        """The age of each set, and of real images of either kind, over all instruments."""
+        return {name: self.overall(name) for name in (*self.distilled, UNSEEN, SEEN)}
 
     def claims(self) -> tuple[Claim, ...]:
-        """Younger than unseen real images over all instruments; the instruments agree on the points."""
+        """Younger than real images, unseen and seen, over all instruments; the instruments agree on the points."""
         claims = []
         for name in self.distilled:
             claims += [
                 Claim(
                     "holds early training",
                     name,
-                    "its training age is below that of as many unseen real images (difference of logarithms, mean of four "
-                    "instruments)",
-                    self.younger(name),
+                    "its training age is below that of as many real images, unseen and training ones (difference of "
+                    "logarithms, mean of four instruments, the weaker of the two)",
+                    weaker("less", self.younger(name), self.younger(name, kind=SEEN)),
                     "less",
                     0.0,
-                    "other unseen real images in the set's place",
+                    "other unseen real images, or random training images, in the set's place",
                     "images under the labels that only an early model gives them",
                 ),
                 Claim(
@@ -265,7 +284,7 @@ class ClockResult(Result):
         return tuple(claims)
 
     def tables(self) -> tuple[Table, ...]:
-        """Ages, their ratios to unseen images, what was not reached, how far instruments lie apart, and classes."""
+        """Ages, their ratios to those of real images, what was not reached, how far instruments lie apart, and classes."""
         names = list(self.ages)
         pairs = list(combinations(INSTRUMENTS, 2))
         of_points = list(combinations(OF_POINTS, 2))
@@ -284,14 +303,17 @@ class ClockResult(Result):
                 (*INSTRUMENTS, "all"),
                 {name: [*(self.age(name, i) for i in INSTRUMENTS), self.overall(name)] for name in names},
             ),
-            table(
-                "Log ratio to the age of unseen real images",
-                (*INSTRUMENTS, "all"),
-                {
-                    name: [*(self.younger(name, i) for i in INSTRUMENTS), self.younger(name)]
-                    for name in names
-                    if name != UNSEEN
-                },
+            *(
+                table(
+                    f"Log ratio to the age of {what}",
+                    (*INSTRUMENTS, "all"),
+                    {
+                        name: [self.younger(name, i, kind) for i in (*INSTRUMENTS, "")]
+                        for name in names
+                        if name not in (UNSEEN, SEEN)
+                    },
+                )
+                for kind, what in {UNSEEN: "unseen real images", SEEN: "random training images"}.items()
             ),
             table(
                 f"Not reached within {self.last} updates",
@@ -345,18 +367,19 @@ class ClockResult(Result):
         return panels
 
     def plot(self, ax: Axes) -> None:
-        """A dot a set and instrument with its interval; an arrow where it is open above."""
+        """A dot a set and instrument with its interval, hollow for training images; an arrow where it is open above."""
         names = list(self.ages)
         columns = (*INSTRUMENTS, "all")
         for i, name in enumerate(names):
+            face = "white" if name == SEEN else tint(name)
             for place, instrument in enumerate(columns):
                 e = self.overall(name) if instrument == "all" else self.age(name, instrument)
                 y = place + 0.7 * (i / max(1, len(names) - 1) - 0.5)
                 low, high = max(e.low, 0.0), min(e.high, self.last)
                 ax.plot([low, high], [y, y], color=tint(name), lw=1.2)
                 marker = ">" if math.isinf(e.high) and e.n > 1 else "o"
-                ax.plot(e.value, y, marker, color=tint(name), ms=5)
-            ax.plot([], [], "o", color=tint(name), ms=5, label=name)
+                ax.plot(e.value, y, marker, color=tint(name), mfc=face, ms=5)
+            ax.plot([], [], "o", color=tint(name), mfc=face, ms=5, label=name)
         ax.set_yticks(range(len(columns)), columns)
         ax.invert_yaxis()
         axis_of_updates(ax, self.last)
