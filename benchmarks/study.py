@@ -107,7 +107,7 @@ def collect(folder: Path) -> dict[str, Any]:
 
 
 def main(name: str, folder: Path) -> None:
-    if not (folder / "timing.json").is_file():  # where it is missing the study is new, or was stopped and goes on
+    if not (folder / "timing.json").is_file():  # new, or stopped: it goes on
         data, wishes = STUDIES[name]
         study(load(data), folder, announce=print, **wishes)
     write_json(RESULTS / f"{name}.json", collect(folder))
