@@ -49,6 +49,7 @@ STUDIES: dict[str, tuple[str, dict[str, Any]]] = {
             "settings": (
                 *(f"{name}.recipe.steps=150" for name in ("leave_one_out", "estimators", "shapley")),
                 *(f"{name}.inits=3" for name in ("leave_one_out", "estimators")),
+                "estimators.images=200",
             ),
         },
     ),
@@ -106,7 +107,7 @@ def collect(folder: Path) -> dict[str, Any]:
 
 
 def main(name: str, folder: Path) -> None:
-    if not (folder / "study.json").is_file():
+    if not (folder / "timing.json").is_file():  # new, or stopped: it goes on
         data, wishes = STUDIES[name]
         study(load(data), folder, announce=print, **wishes)
     write_json(RESULTS / f"{name}.json", collect(folder))
