@@ -10,6 +10,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -48,18 +49,21 @@ def average_pool(x: torch.Tensor) -> torch.Tensor:
     h, w = x.shape[-2:]
     if h * w > 64:
         return F.avg_pool2d(x, 2)
-    small = x.flatten(-2) @ _pooling_matrix(h, w).to(x)
+    small = x.flatten(-2) @ torch.from_numpy(_pooling_matrix(h, w)).to(x)
     return small.view(*x.shape[:-2], h // 2, w // 2)
 
 
 @lru_cache(maxsize=64)
-def _pooling_matrix(h: int, w: int) -> torch.Tensor:
-    """[h * w, h//2 * w//2]: a quarter where a pixel belongs to a cell."""
-    matrix = torch.zeros(h, w, h // 2, w // 2)
+def _pooling_matrix(h: int, w: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """[h * w, h//2 * w//2]: a quarter where a pixel belongs to a cell.
+
+    Not a tensor: one that is first made under a derivative would belong to it, and be kept beyond it.
+    """
+    matrix = np.zeros((h, w, h // 2, w // 2), np.float32)
     for i in range(h // 2 * 2):
         for j in range(w // 2 * 2):
             matrix[i, j, i // 2, j // 2] = 0.25
-    return matrix.view(h * w, -1)
+    return matrix.reshape(h * w, -1)
 
 
 def fused(
