@@ -13,13 +13,13 @@ HALVES = 2  # steps of even and of odd number
 
 @dataclass(frozen=True, eq=False)
 class Donors:
-    """What each real training image gave to the steps of the distilled images of its class.
+    """What each real training image gave to the way of the distilled images of its class.
 
-    A step's length is shared out among the real images of its batch: an image's part is what it contributed to the step, along the
-    step, in units of the data's space. Parts have a sign, and those of a batch sum to the length. ``parts`` [2, p, n] sums
-    them: entry (h, j, i) is what real training image i gave to the j-th of the p distilled images of *its class*, over
-    steps of even (h = 0) and of odd number. Of other classes' images nothing comes: methods that keep this record match class by class.
-    ``met`` [2, n] int64 counts the batches that image i was in.
+    Of each step counts what it adds to the distance from the start; that is shared out among the real images of its batch. An image's part
+    is what it contributed, along the way so far, before learning rate and momentum, in units of the data's space. Parts have a sign.
+    ``parts`` [2, p, n] sums them: entry (h, j, i) is what real training image i gave to the j-th of the p distilled images of
+    *its class*, in steps of even (h = 0) and of odd number. Of other classes' images nothing comes: methods that keep this record match class by
+    class. ``met`` [2, n] int64 counts the batches that image i was in.
     """
 
     parts: torch.Tensor

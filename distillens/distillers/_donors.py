@@ -9,7 +9,7 @@ from distillens.core.contracts import Net, Problem, State
 from distillens.core.donors import HALVES, Donors
 from distillens.distillers._pixels import begin
 
-PARTS, MET = "donors.parts", "donors.met"
+PARTS, MET, START = "donors.parts", "donors.met", "donors.start"
 
 # What a user is told who asks a method for donors that keeps no such record.
 FOLLOWS = {
@@ -41,13 +41,26 @@ def begun(problem: Problem, images: torch.Tensor, net: Net, donors: bool) -> Sta
     record = {
         PARTS: images.new_zeros(HALVES, problem.ipc, n),
         MET: torch.zeros(HALVES, n, dtype=torch.int64, device=images.device),
+        START: images,
     }
     return State({**state.tensors, **record}, state.values)
 
 
-def over_length(parts: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """Derivatives along a step [k, n, b] over the length of the step [k, n, c, h, w]; 0 where nothing moves."""
-    length = gradient.flatten(2).norm(dim=2)[..., None]
+def way_back(state: State, gradient: torch.Tensor) -> torch.Tensor:
+    """For each distilled image [k, n, c, h, w] the direction in which a gradient counts: from where it is to its start.
+
+    Not the step's own direction: a batch sways each step, and an image far from the others would seem to give much in every batch that it
+    is in, only because the step leans towards it. What came before does not know this batch. An image that has
+    not moved yet has its first gradient's direction.
+    """
+    back = (state.tensors[START] - state.tensors["images"]).reshape(gradient.shape)
+    moved = back.flatten(2).norm(dim=2) > 0
+    return torch.where(moved[..., None, None, None], back, gradient)
+
+
+def over_length(parts: torch.Tensor, along: torch.Tensor) -> torch.Tensor:
+    """Derivatives [k, n, b] along directions [k, n, c, h, w], over their lengths; 0 where there is no direction."""
+    length = along.flatten(2).norm(dim=2)[..., None]
     return torch.where(length > 0, parts / length.where(length > 0, torch.ones_like(length)), 0.0)
 
 

@@ -19,7 +19,7 @@ from distillens.core.contracts import Buffers, Like, Log, Net, Params, Problem, 
 from distillens.core.recipe import Recipe
 from distillens.core.rng import Key
 from distillens.core.vector import Shapes
-from distillens.distillers._donors import begun, credited, over_length, recorded
+from distillens.distillers._donors import begun, credited, over_length, recorded, way_back
 from distillens.distillers._pixels import (
     Init,
     check_finite,
@@ -266,18 +266,18 @@ def shares(
     target: Sequence[torch.Tensor],
     real: torch.Tensor,
     images: torch.Tensor,
-    gradient: torch.Tensor,
+    back: torch.Tensor,
 ) -> torch.Tensor:
-    """What each real image of a batch gave to the step of each distilled image of its class [k, n, b], for the cosine distance.
+    """What each real image of a batch gave to the way of each distilled image of its class [k, n, b], for the cosine distance.
 
     Of each row the distance is 1 - t.s / (|t| |s|), t being the mean of the real images' own gradients g_i and s that of the distilled ones. Given
     the length |t| it is a sum over real images, of -(g_i / b).s / (|t| |s|), and a real image's part is the derivative of its term along
-    the step, over the step's length: the parts of a batch sum to that length. That each image has a hand in |t| too, which
-    scales a row's terms all alike, is left out: what a step would be without an image is known to first order only.
+    the way ``back`` [k, n, c, h, w], over its length: the parts of a batch sum to the derivative of the distance. That each image has a hand in
+    |t| too, which scales a row's terms all alike, is left out: what a step would be without an image is known to first order only.
     """
     k, b = len(images), real.shape[1]
     rows = [t.reshape(k, t.shape[0] // k, -1) for t in target]
-    pulls = _pulls(network, match, rows, images, gradient)
+    pulls = _pulls(network, match, rows, images, back)
     classes = torch.arange(k, device=real.device)[:, None]
     size = max(1, NUMBERS // pulls.shape[2])
     found = []
@@ -290,7 +290,7 @@ def shares(
                 flat = torch.cat([g.reshape(len(piece), -1) for g in alone], 1)
                 parts.append(pulls[c] @ flat.T)
         found.append(torch.cat(parts, 1) / b)
-    return over_length(torch.stack(found), gradient)
+    return over_length(torch.stack(found), back)
 
 
 def _pulls(
@@ -298,9 +298,9 @@ def _pulls(
     match: Match,
     rows: Sequence[torch.Tensor],
     images: torch.Tensor,
-    gradient: torch.Tensor,
+    back: torch.Tensor,
 ) -> torch.Tensor:
-    """What a real image's own gradient is multiplied with, flat and for each distilled image [k, n, p], to have its part in the step."""
+    """What a real image's own gradient is multiplied with, flat and for each distilled image [k, n, p], to have its part in the way."""
     names = match.weights
     own = {name: network.params[name].detach() for name in names}
 
@@ -319,7 +319,7 @@ def _pulls(
         part = slice(first, first + together)
         seen = match.augmented(images[part], first)
         # An augmentation is affine in the image: what it does to a difference is exact.
-        along = match.augmented(gradient[part], first) - match.augmented(zero[part], first)
+        along = match.augmented(back[part], first) - match.augmented(zero[part], first)
         m = len(seen)
         labels = torch.arange(first, first + m, device=images.device).repeat_interleave(n)
 
@@ -422,7 +422,8 @@ class Alternating(ABC):
             target = match.targets(network, problem.real, real)
             loss, gradient = match.slope(network, problem.real, target, own)
             if self.donors and turn == told:
-                parts = shares(network, match, target, real, own, gradient.reshape(own.shape))
+                back = way_back(state, gradient.reshape(own.shape))
+                parts = shares(network, match, target, real, own, back)
                 state = credited(state, index, parts, i)
             state = moved(state, gradient, self.lr_img, self.momentum)
             total += loss

@@ -13,7 +13,7 @@ from distillens.core.artefact import DistilledDataset
 from distillens.core.checks import at_least, one_of, positive
 from distillens.core.contracts import Log, Net, Problem, State
 from distillens.core.dataset import Dataset
-from distillens.distillers._donors import begun, credited, over_length, recorded
+from distillens.distillers._donors import begun, credited, over_length, recorded, way_back
 from distillens.distillers._features import (
     Draws,
     View,
@@ -107,7 +107,8 @@ class DM:
         together = view.together(problem.ipc, problem.real)
         losses, gradient = slope(images, loss, together)
         if self.donors:
-            parts = shares(view, images, gradient, torch.cat(features), draws, together)
+            back = way_back(state, gradient)
+            parts = shares(view, images, back, torch.cat(features), draws, together)
             state = credited(state, index, parts, i)
         return moved(state, gradient.flatten(0, 1), self.lr_img, self.momentum), {"loss": float(losses.sum())}
 
@@ -134,17 +135,17 @@ def _means(features: torch.Tensor) -> torch.Tensor:
 def shares(
     view: View,
     images: torch.Tensor,
-    gradient: torch.Tensor,
+    back: torch.Tensor,
     real: torch.Tensor,
     draws: Draws,
     together: int,
 ) -> torch.Tensor:
-    """What each real image, with features ``real`` [k, b, d], gave to the step of each distilled image of its class [k, n, b].
+    """What each real image, with features ``real`` [k, b, d], gave to the way of each distilled image of its class [k, n, b].
 
     The gradient of the loss is that of the mean of ||psi_i - mean psi(S)||^2 over the real images i: their squared distances differ
     from the distance of their mean by what does not depend on S. So it is a sum over real images, exactly, and a
-    real image's part is the derivative of its term along the step, over the step's length: 2 (mean psi(S) - psi_i).(J s) / (n b |s|).
-    J s is one product in forward mode for all distilled images together.
+    real image's part is the derivative of its term along the way ``back`` r [k, n, c, h, w]: 2 (mean psi(S) - psi_i).(J r) / (n b |r|).
+    J r is one product in forward mode for all distilled images together.
     """
     n, b = images.shape[1], real.shape[1]
     found = []
@@ -152,7 +153,7 @@ def shares(
         part = slice(first, first + together)
         own = draws[part]
         # An augmentation is affine in the image: what it does to a difference is exact.
-        along = shown(gradient[part], own) - shown(torch.zeros_like(gradient[part]), own)
+        along = shown(back[part], own) - shown(torch.zeros_like(back[part]), own)
 
         def seen(x: torch.Tensor) -> torch.Tensor:
             return view.net.features(view.params, view.buffers, x, view.mode)[0]
@@ -163,4 +164,4 @@ def shares(
         )
         away = (at.mean(1, keepdim=True) * moving).sum(2, keepdim=True) - moving @ real[part].mT
         found.append(2 / (n * b) * away)
-    return over_length(torch.cat(found), gradient)
+    return over_length(torch.cat(found), back)

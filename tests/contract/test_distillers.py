@@ -620,7 +620,7 @@ def test_a_record_of_donors_goes_on_where_it_was_interrupted_and_is_saved(
 
 
 @that_record
-def test_parts_are_of_images_that_were_met_and_make_up_the_way(name: str) -> None:
+def test_parts_are_of_images_that_were_met(name: str) -> None:
     _, problem, states, _ = recording(name, 1)
     data, labels = problem.real, problem.real.labels.hard()
     for i, (before, after) in enumerate(pairwise(states)):
@@ -630,8 +630,10 @@ def test_parts_are_of_images_that_were_met_and_make_up_the_way(name: str) -> Non
         assert not parts[1 - i % 2].any() and not met[1 - i % 2].any()
         assert torch.bincount(labels[met[i % 2] == 1], minlength=3).tolist() == [4, 4, 4]
         assert not parts[i % 2][:, met[i % 2] == 0].any()
-        ways = torch.stack([parts[i % 2][:, own].sum(1) for own in data.by_class])
-        assert (ways >= 0).all() and (ways > 0).any(), "a length"
+        assert parts[i % 2].any()
+        if not i:  # all of the first step is a way
+            ways = torch.stack([parts[0][:, own].sum(1) for own in data.by_class])
+            assert (ways >= 0).all() and (ways > 0).any()
 
 
 @that_record

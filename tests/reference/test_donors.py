@@ -166,6 +166,52 @@ def test_gradient_matching_shares_its_step_out_as_the_images_own_terms_have_it(
     torch.testing.assert_close(sums, gradient.flatten(2).norm(dim=2), rtol=1e-8, atol=1e-12)
 
 
+# ---- along which way ----
+
+
+@pytest.mark.parametrize("kind", [DM, DC, DSA])
+def test_later_steps_count_along_the_way_from_the_start(kind: Any) -> None:
+    """A batch's parts sum to the step, less what is left of its speed, along the way so far."""
+    problem = problem_of()
+    method = replace(kind(), steps=4, batch_real=BATCH, init="real", lr_img=0.5, net=NET, donors=True)
+    states = [method.start(problem)]
+    for i in range(method.steps):
+        states.append(method.step(problem, states[-1], i)[0])
+    own = torch.stack([problem.real.labels.hard() == c for c in range(CLASSES)]).double()
+    for i in range(1, method.steps):
+        before, after = states[i].tensors, states[i + 1].tensors
+        gradient = (after["velocity"] - method.momentum * before["velocity"]).flatten(1)
+        way = (before["images"] - states[0].tensors["images"]).flatten(1)
+        expected = -(gradient * way).sum(1) / way.norm(dim=1)
+        parts = (after["donors.parts"] - before["donors.parts"])[i % 2]
+        found = (parts @ own.T).T.flatten()  # class by class, as the images lie
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12)
+
+
+def test_what_far_images_seem_to_give_by_leaning_on_their_own_batch_does_not_count() -> None:
+    """At rest in the middle of a class steps are noise, and each leans to the images of its batch that are far away; parts do not."""
+    problem = problem_of(1)
+    data = problem.real
+    method = DM(
+        steps=400, batch_real=2, augment="", init="real", net=NET, lr_img=0.02, momentum=0.0, donors=True
+    )
+    state = method.start(problem)
+    for i in range(200):  # to rest
+        state = method.step(problem, state, i)[0]
+    empty = method.start(problem).tensors
+    state = State({**state.tensors, **{part: empty[part] for part in ("donors.parts", "donors.met")}})
+    far, lengths = torch.zeros(3, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for i in range(200, 400):
+        before = state
+        state = method.step(problem, state, i)[0]
+        lengths += state.tensors["velocity"].flatten(1).norm(dim=1).sum()
+    parts = state.tensors["donors.parts"].sum(0)[0]
+    for c, members in enumerate(data.by_class):
+        far[c] = parts[members].sum()
+    assert float(far.abs().sum() / lengths) < 0.25, "what comes and goes is no way"
+    assert before is not state
+
+
 # ---- what is met and what is not ----
 
 

@@ -42,8 +42,8 @@ SPACES = ("pixels", "features")
 class Provenance:
     """Who the donors of each distilled image are, how few they are, whether they are the same again, and whether they look like it.
 
-    A method with the setting ``donors`` (``dm``, ``dc``, ``dsa``) shares the length of each step out among the real images of its batch: an image's
-    part is what it contributed along the step. A batch's parts sum to the step's length; a part below 0 held the step back. An image's
+    A method with the setting ``donors`` (``dm``, ``dc``, ``dsa``) shares out what each step adds to the distance of a distilled image from its start: a real
+    image's part is what it contributed to the step, along the way so far. A part below 0 held the image back. A real image's
     *rate* is the sum of its parts over the batches that it was in.
 
     Single parts are mostly noise, and noise alone makes some images look like donors. So steps of even and of odd number are kept
@@ -176,12 +176,12 @@ def concentration(parts: torch.Tensor, met: torch.Tensor) -> dict[str, torch.Ten
     """Of one class's parts [2, p, m] and counts [2, m], means over points. Images that one half did not meet are never called donors.
 
     ``repeats`` is the rank correlation of the images' rates between halves. ``hundredth`` and ``tenth``: donors are the hundredth and the tenth of
-    the images with the highest rates in one half; the share of the other half's way that is theirs, less the
-    share of its batches that they were in. ``curve`` [PLACES] is the share of the way of all images up to a place in that order.
+    the images with the highest rates in one half; the share of the other half's way that is theirs (of all points together, 0 where
+    they came no farther), less the share of its batches that they were in. ``curve`` [PLACES] is the share of the way of all images up to a place in that order.
     ``effective`` is the number of equal donors that are as concentrated, 1 / sum p^2 over the positive sums of both halves, and
     ``equal`` what it would be if every batch were shared out equally. Noise lowers ``effective``.
     """
-    whole, batches = parts.double().sum(2, keepdim=True), met.double().sum(1)
+    whole, batches = parts.double().sum((1, 2)).clamp(min=0), met.double().sum(1)
     both = (met > 0).all(0)
     parts, counts = parts[:, :, both].double(), met[:, both].double()
     rates = parts / counts[:, None]
@@ -190,12 +190,14 @@ def concentration(parts: torch.Tensor, met: torch.Tensor) -> dict[str, torch.Ten
     curves = []
     for named, looked_at in ((0, 1), (1, 0)):
         order = rates[named].argsort(dim=1, descending=True)
-        way = parts[looked_at].gather(1, order).cumsum(1) / whole[looked_at].clamp(min=TINY)
-        fair = counts[looked_at].expand_as(way).gather(1, order).cumsum(1) / batches[looked_at]
+        way = parts[looked_at].gather(1, order).cumsum(1).sum(0) / whole[looked_at].clamp(min=TINY)
+        if not whole[looked_at] > 0:
+            way = torch.zeros_like(way)
+        fair = counts[looked_at].expand_as(order).gather(1, order).cumsum(1).mean(0) / batches[looked_at]
         for name, share in (("hundredth", FEW / 10), ("tenth", FEW)):
             last = _few(m, share) - 1
-            shares[name].append((way - fair)[:, last].mean())
-        from_start = torch.cat([torch.zeros_like(way[:, :1]), way], 1).mean(0)
+            shares[name].append((way - fair)[last])
+        from_start = torch.cat([way.new_zeros(1), way])
         places = (torch.linspace(0, 1, PLACES, dtype=torch.float64) * m).round().long()
         curves.append(from_start[places])
     positive = parts.sum(0).clamp(min=0)
