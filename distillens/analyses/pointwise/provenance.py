@@ -176,12 +176,15 @@ def concentration(parts: torch.Tensor, met: torch.Tensor) -> dict[str, torch.Ten
     """Of one class's parts [2, p, m] and counts [2, m], means over points. Images that one half did not meet are never called donors.
 
     ``repeats`` is the rank correlation of the images' rates between halves. ``hundredth`` and ``tenth``: donors are the hundredth and the tenth of
-    the images with the highest rates in one half; the share of the other half's way that is theirs (of all points together, 0 where
-    they came no farther), less the share of its batches that they were in. ``curve`` [PLACES] is the share of the way of all images up to a place in that order.
+    the images with the highest rates in one half; the share of the other half's pull (its positive parts, all points together) that is theirs, less
+    the share of its batches that they were in. ``curve`` [PLACES] is the share of the pull up to a place in that order; behind its
+    top come images that held the points back. ``net`` is what is left of the pull when those are taken off.
     ``effective`` is the number of equal donors that are as concentrated, 1 / sum p^2 over the positive sums of both halves, and
     ``equal`` what it would be if every batch were shared out equally. Noise lowers ``effective``.
     """
-    whole, batches = parts.double().sum((1, 2)).clamp(min=0), met.double().sum(1)
+    batches = met.double().sum(1)
+    pull = parts.double().clamp(min=0).sum((1, 2))
+    net = parts.double().sum((1, 2)) / pull.clamp(min=TINY)
     both = (met > 0).all(0)
     parts, counts = parts[:, :, both].double(), met[:, both].double()
     rates = parts / counts[:, None]
@@ -190,9 +193,7 @@ def concentration(parts: torch.Tensor, met: torch.Tensor) -> dict[str, torch.Ten
     curves = []
     for named, looked_at in ((0, 1), (1, 0)):
         order = rates[named].argsort(dim=1, descending=True)
-        way = parts[looked_at].gather(1, order).cumsum(1).sum(0) / whole[looked_at].clamp(min=TINY)
-        if not whole[looked_at] > 0:
-            way = torch.zeros_like(way)
+        way = parts[looked_at].gather(1, order).cumsum(1).sum(0) / pull[looked_at].clamp(min=TINY)
         fair = counts[looked_at].expand_as(order).gather(1, order).cumsum(1).mean(0) / batches[looked_at]
         for name, share in (("hundredth", FEW / 10), ("tenth", FEW)):
             last = _few(m, share) - 1
@@ -205,6 +206,7 @@ def concentration(parts: torch.Tensor, met: torch.Tensor) -> dict[str, torch.Ten
     squares = positive.square().sum(1).clamp(min=1 / m)
     together = counts.sum(0)
     return {
+        "net": net.mean(),
         "repeats": rank_correlation(rates[0], rates[1]).mean(),
         **{name: torch.stack(values).mean() for name, values in shares.items()},
         "curve": torch.stack(curves).mean(0),
@@ -350,7 +352,7 @@ class ProvenanceResult(Result):
         found = {}
         for name in self.distilled:
             found[f"{name}: donors agree between halves of the steps"] = self.figure(name, "repeats")
-            found[f"{name}: way owed to a tenth of the images, beyond its share"] = self.figure(name, "tenth")
+            found[f"{name}: pull of a tenth of the images, beyond its share"] = self.figure(name, "tenth")
         return found
 
     def claims(self) -> tuple[Claim, ...]:
@@ -371,12 +373,12 @@ class ProvenanceResult(Result):
                 Claim(
                     "few images give more than their share",
                     name,
-                    "a tenth of a class's images, named in one half of the steps, gives more of the other half's way than its share of the batches",
+                    "a tenth of a class's images, named in one half of the steps, gives more of the other half's pull than its share of the batches",
                     self.figure(name, "tenth"),
                     "greater",
                     0.05,
                     "parts shuffled over the images of the class, each half on its own",
-                    "a tenth of the images that gives half of the way",
+                    "a tenth of the images that gives half of the pull",
                 ),
             ]
             shared = self.shared(name)
@@ -428,7 +430,7 @@ class ProvenanceResult(Result):
         steady: list[tuple[str | int | Estimate, ...]] = []
         alike: list[tuple[str | int | Estimate, ...]] = []
         for name in self.distilled:
-            parts = ("repeats", "hundredth", "tenth", "effective", "equal")
+            parts = ("repeats", "hundredth", "tenth", "net", "effective", "equal")
             shared = self.shared(name)
             steady.append(
                 (
@@ -457,6 +459,7 @@ class ProvenanceResult(Result):
                     "rank agreement of halves",
                     "a hundredth gives, beyond its share",
                     "a tenth gives, beyond its share",
+                    "left of the pull, less what holds back",
                     "effective number of donors",
                     "the same if batches were shared equally",
                     "rank agreement of replicates",
@@ -501,7 +504,7 @@ class ProvenanceResult(Result):
     def panels(self) -> dict[str, Callable[[Axes], None]]:
         """The curve, then for each set one point of each class and its strongest donors."""
         found: dict[str, Callable[[Axes], None]] = {
-            "How much of the way is owed to how few images: named in one half of the steps, counted in the other": self.plot
+            "How much of the pull comes from how few images: named in one half of the steps, counted in the other": self.plot
         }
         for name in self.distilled:
             found[f"{name}: one point of each class and the real images that gave it most"] = grid_of(
@@ -526,6 +529,6 @@ class ProvenanceResult(Result):
                 ax.fill_between(place, low, high, color=colour(name), alpha=0.15, lw=0)
         ax.plot([0, 1], [0, 1], color="grey", lw=1, ls=":", label="equal shares")
         ax.set_xlabel("share of the class's images, the strongest donors of the other half first")
-        ax.set_ylabel("share of the way")
+        ax.set_ylabel("share of the pull, less what holds back")
         ax.legend(frameon=False, fontsize=8)
         ax.spines[["top", "right"]].set_visible(False)
