@@ -16,6 +16,7 @@ from distillens.core.checks import UserError
 from distillens.core.config import describe, restore
 from distillens.core.dataset import Dataset
 from distillens.core.decode import Decode, Pixels, restore_decode
+from distillens.core.donors import Donors
 from distillens.core.labels import Labels, Teacher, restore_labels
 from distillens.core.recipe import Recipe
 from distillens.core.rng import Key
@@ -106,6 +107,8 @@ class DistilledDataset:
     ``recipe`` is the training that the set was made for, with a learned step size in it. A method leaves
     ``provenance`` empty: the pipeline writes it, and only a set that has one can be saved.
     ``chosen`` [points] int64 says which images of the real training split the points are, where they are real ones.
+    ``donors`` says which of them the steps of the points came from, where the method was asked to write it down; it is of
+    the whole set, so a part of the set has none.
     """
 
     stored: Mapping[str, torch.Tensor]
@@ -117,6 +120,7 @@ class DistilledDataset:
     order: Order | None = None
     provenance: Provenance | None = None
     chosen: torch.Tensor | None = None
+    donors: Donors | None = None
 
     def __post_init__(self) -> None:
         points = self.decode.points(self.stored)
@@ -144,6 +148,13 @@ class DistilledDataset:
             if points and int(self.chosen.min()) < 0:
                 raise UserError(
                     "a chosen image has an index below 0", got=str(int(self.chosen.min())), expected="from 0"
+                )
+        if self.donors is not None:
+            each = self.donors.parts.shape[1]
+            if each * len(self.classes) != points:
+                raise UserError(
+                    "the record of donors does not fit the set",
+                    got=f"{each} points a class in it, {points} points of {len(self.classes)} classes",
                 )
 
     def __len__(self) -> int:
@@ -199,6 +210,7 @@ class DistilledDataset:
             labels=self.labels.take(points),
             order=order,
             chosen=None if self.chosen is None else self.chosen[points.to(self.chosen.device)],
+            donors=None,
         )
 
     def without(self, *points: int) -> DistilledDataset:
@@ -218,6 +230,7 @@ class DistilledDataset:
         """A SHA-256 of everything but the provenance."""
         order = [] if self.order is None else [self.order.steps, self.order.lr]
         chosen = [] if self.chosen is None else ["chosen", self.chosen]
+        donors = [] if self.donors is None else ["donors", self.donors.parts, self.donors.met]
         return fingerprint(
             *(part for name in sorted(self.stored) for part in (name, self.stored[name])),
             self.labels.kind,
@@ -229,6 +242,7 @@ class DistilledDataset:
             describe(self.recipe),
             *order,
             *chosen,
+            *donors,
         )
 
     def save(self, folder: Path) -> None:
@@ -249,6 +263,8 @@ class DistilledDataset:
             tensors |= {"order.steps": self.order.steps, "order.lr": self.order.lr}
         if self.chosen is not None:
             tensors["chosen"] = self.chosen
+        if self.donors is not None:
+            tensors |= {"donors.parts": self.donors.parts, "donors.met": self.donors.met}
         about = {
             "format": FORMAT,
             "labels": {"kind": self.labels.kind, **self.labels.settings()},
@@ -288,6 +304,7 @@ class DistilledDataset:
                 "labels": {},
                 "space": {},
                 "order": {},
+                "donors": {},
             }
             for name, tensor in tensors.items():
                 group, _, rest = name.partition(".")
@@ -303,6 +320,7 @@ class DistilledDataset:
                 Order(**groups["order"]) if groups["order"] else None,
                 Provenance.from_json({k: v for k, v in saved.items() if k != "fingerprint"}),
                 chosen,
+                Donors(**groups["donors"]) if groups["donors"] else None,
             )
         except UserError:
             raise

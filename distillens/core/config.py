@@ -120,6 +120,9 @@ def _collect(
     known = [field.name for field in fields(owner)]
     name, *rest = path
     if name not in known:
+        lacking = getattr(type(owner), "lacks", {})  # settings of others that make no sense here, and why
+        if name in lacking:
+            raise UserError(f"{type(owner).__name__.lower()} has no setting {name!r}: {lacking[name]}")
         raise unknown(f"setting of {type(owner).__name__.lower()}", name, known)
     old = getattr(owner, name)
     named = _by_name(old[0]) if isinstance(old, tuple) and old and is_dataclass(old[0]) else None

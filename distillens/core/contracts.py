@@ -139,6 +139,10 @@ class Distiller(Protocol):
     All three steps are pure: they change neither the problem nor the state they are given, and step i
     draws only from ``problem.key.fold("step", i)``. So a run that is killed after any step and loaded
     again ends in the same bytes (contract test, every method).
+
+    A method whose steps can be shared out among real images has a setting ``donors``, off by default: the set then says which images
+    it came from. It changes no image. A method without says why in ``lacks``, a class attribute: names of settings that others
+    have, with the reason that a user is told.
     """
 
     paper: ClassVar[str]  # who published it

@@ -17,6 +17,7 @@ from distillens.core.contracts import Buffers, Log, Net, Params, Problem, State
 from distillens.core.dataset import Dataset, check_per_class
 from distillens.core.recipe import Recipe
 from distillens.core.rng import Key
+from distillens.distillers._donors import SELECTS
 from distillens.distillers._pixels import AT_ONCE, finished, small
 from distillens.nets.convnet import ConvNet
 from distillens.train import Observe, Population, Training
@@ -38,6 +39,7 @@ class Coreset(ABC):
     soft_labels: ClassVar[bool] = False
     learns_lr: ClassVar[bool] = False
     needs_experts: ClassVar[bool] = False
+    lacks: ClassVar[Mapping[str, str]] = SELECTS
     steps: ClassVar[int] = 0
 
     @abstractmethod

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,9 @@ from distillens.core.contracts import Buffers, Like, Log, Net, Params, Problem, 
 from distillens.core.recipe import Recipe
 from distillens.core.rng import Key
 from distillens.core.vector import Shapes
+from distillens.distillers._donors import begun, credited, over_length, recorded, way_back
 from distillens.distillers._pixels import (
     Init,
-    begin,
     check_finite,
     classes_together,
     drawn,
@@ -29,9 +29,12 @@ from distillens.distillers._pixels import (
     initial,
     moved,
     real_batch,
+    real_index,
 )
 from distillens.nets.convnet import ConvNet
 
+NUMBERS = 1 << 23  # gradients of single real images held at a time, as numbers
+EPSILON = 1e-6  # beside the lengths of two gradients, as DC's code has it
 SETTLE = 16  # real images a class that set the statistics of batch norm (``BNSizePC`` of DC's code)
 
 # Gradients [rows, ...] of some weights, twice -> how far they are apart; rows are output units of all classes.
@@ -145,37 +148,53 @@ class Match:
     def __call__(
         self, network: Network, like: Like, real: torch.Tensor, images: torch.Tensor
     ) -> tuple[float, torch.Tensor]:
-        """The distance, and its gradient [k * n, c, h, w] in the stored images [k, n, c, h, w].
+        """The distance from real images [k, b, c, h, w], and its gradient [k * n, c, h, w] in the stored images [k, n, c, h, w]."""
+        return self.slope(network, like, self.targets(network, like, real), images)
+
+    def targets(self, network: Network, like: Like, real: torch.Tensor) -> list[torch.Tensor]:
+        """The gradients [k * units, ...] of each class's mean loss on its real images [k, b, c, h, w].
+
+        As many classes at a time as a cache holds.
+        """
+        targets = []
+        with kernels.for_targets():
+            together = classes_together(real.shape[1], like)
+            for first in range(0, len(real), together):
+                seen = self.augmented(real[first : first + together], first)
+                targets.append(self.gradients(network, seen, _classes(seen, first), keep=False))
+        return [torch.cat(parts) for parts in zip(*targets, strict=True)]
+
+    def slope(
+        self, network: Network, like: Like, target: Sequence[torch.Tensor], images: torch.Tensor
+    ) -> tuple[float, torch.Tensor]:
+        """The distance from the targets, and its gradient [k * n, c, h, w] in the stored images [k, n, c, h, w].
 
         As many classes at a time as a cache holds: the distance is a sum over classes, so it is the same.
         """
         k = len(images)
-        total, pieces, targets = 0.0, [], []
-        with kernels.for_targets():
-            together = classes_together(real.shape[1], like)
-            for first in range(0, k, together):
-                seen = self._augmented(real[first : first + together], first)
-                targets.append(self._gradients(network, seen, first, keep=False))
-        target = [torch.cat(parts) for parts in zip(*targets, strict=True)]
+        total, pieces = 0.0, []
         together = classes_together(self.shown, like)
         for first in range(0, k, together):
             leaf = images[first : first + together].detach().requires_grad_()
-            seen = self._augmented(self.decode(leaf, first), first)
+            seen = self.augmented(self.decode(leaf, first), first)
             rows = [t.reshape(k, -1, *t.shape[1:])[first : first + together].flatten(0, 1) for t in target]
-            loss = self.distance(rows, self._gradients(network, seen, first, keep=True))
+            ours = self.gradients(network, seen, _classes(seen, first), keep=True)
+            loss = self.distance(rows, ours)
             pieces.append(torch.autograd.grad(loss, leaf)[0].flatten(0, 1))
             total += float(loss.detach())
         return total, torch.cat(pieces)
 
-    def _augmented(self, images: torch.Tensor, first: int) -> torch.Tensor:
+    def augmented(self, images: torch.Tensor, first: int) -> torch.Tensor:
         """The images [m, n, c, h, w] of the classes from ``first`` on, each class under its draw."""
         draws = self.draws[first : first + len(images)]
         if not any(draws):
             return images
         return torch.stack([augment.apply(own, draw) for own, draw in zip(images, draws, strict=True)])
 
-    def _gradients(self, network: Network, x: torch.Tensor, first: int, keep: bool) -> list[torch.Tensor]:
-        """The gradients [m * units, ...] of each class's mean loss on its images [m, n, c, h, w].
+    def gradients(
+        self, network: Network, x: torch.Tensor, classes: torch.Tensor, keep: bool
+    ) -> list[torch.Tensor]:
+        """The gradients [m * units, ...] of the mean loss on each row of images [m, n, c, h, w] of ``classes`` [m].
 
         A class's gradient is that of a network of its own: the classes are a population with the same parameters.
         """
@@ -185,10 +204,15 @@ class Match:
         }
         buffers = {name: value.expand(m, *value.shape) for name, value in network.buffers.items()}
         logits, _ = logits_of_many(network.net, leaves, buffers, x, "evaluate")
-        labels = torch.arange(first, first + m, device=x.device).repeat_interleave(x.shape[1])
+        labels = classes.repeat_interleave(x.shape[1])
         loss = m * F.cross_entropy(logits.flatten(0, 1), labels)
         weights = [leaves[name] for name in self.weights]
         return [g.flatten(0, 1) for g in torch.autograd.grad(loss, weights, create_graph=keep)]
+
+
+def _classes(images: torch.Tensor, first: int) -> torch.Tensor:
+    """The classes [m] of images [m, ...], from ``first`` on."""
+    return torch.arange(first, first + len(images), device=images.device)
 
 
 def as_they_are(images: torch.Tensor, first: int) -> torch.Tensor:
@@ -196,7 +220,9 @@ def as_they_are(images: torch.Tensor, first: int) -> torch.Tensor:
     return images
 
 
-def cosine(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor], eps: float = 1e-6) -> torch.Tensor:
+def cosine(
+    first: Sequence[torch.Tensor], second: Sequence[torch.Tensor], eps: float = EPSILON
+) -> torch.Tensor:
     """Sum over weights and their output units of 1 - cosine (DC's equation 9); rows are output units."""
     total = first[0].new_zeros(())
     for a, b in zip(first, second, strict=True):
@@ -234,6 +260,90 @@ def real_images(problem: Problem, batch_real: int) -> int:
     return min(batch_real, min(map(len, problem.by_class)))
 
 
+def shares(
+    network: Network,
+    match: Match,
+    target: Sequence[torch.Tensor],
+    real: torch.Tensor,
+    images: torch.Tensor,
+    back: torch.Tensor,
+) -> torch.Tensor:
+    """What each real image of a batch gave to the way of each distilled image of its class [k, n, b], for the cosine distance.
+
+    Of each row the distance is 1 - t.s / (|t| |s|), t being the mean of the real images' own gradients g_i and s that of the distilled ones. Given
+    the length |t| it is a sum over real images, of -(g_i / b).s / (|t| |s|), and a real image's part is the derivative of its term along
+    the way ``back`` [k, n, c, h, w], over its length: the parts of a batch sum to the derivative of the distance. That each image has a hand in
+    |t| too, which scales a row's terms all alike, is left out: what a step would be without an image is known to first order only.
+    """
+    k, b = len(images), real.shape[1]
+    rows = [t.reshape(k, t.shape[0] // k, -1) for t in target]
+    pulls = _pulls(network, match, rows, images, back)
+    classes = torch.arange(k, device=real.device)[:, None]
+    size = max(1, NUMBERS // pulls.shape[2])
+    found = []
+    for c in range(k):
+        theirs = match.augmented(real[c : c + 1], c)[0]
+        parts = []
+        with kernels.for_targets():
+            for piece in torch.split(theirs, size):  # each image a class of its own
+                alone = match.gradients(network, piece[:, None], classes[c].expand(len(piece)), keep=False)
+                flat = torch.cat([g.reshape(len(piece), -1) for g in alone], 1)
+                parts.append(pulls[c] @ flat.T)
+        found.append(torch.cat(parts, 1) / b)
+    return over_length(torch.stack(found), back)
+
+
+def _pulls(
+    network: Network,
+    match: Match,
+    rows: Sequence[torch.Tensor],
+    images: torch.Tensor,
+    back: torch.Tensor,
+) -> torch.Tensor:
+    """What a real image's own gradient is multiplied with, flat and for each distilled image [k, n, p], to have its part in the way."""
+    names = match.weights
+    own = {name: network.params[name].detach() for name in names}
+
+    def loss(weights: Params, image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        logits, _ = network.net.logits(
+            {**network.params, **weights}, network.buffers, image[None], "evaluate"
+        )
+        return F.cross_entropy(logits, label[None])
+
+    each = torch.vmap(torch.func.grad(loss), (None, 0, 0))
+    k, n = images.shape[:2]
+    together = max(1, NUMBERS // (n * sum(weight.numel() for weight in own.values())))
+    zero = torch.zeros_like(images)
+    found = []
+    for first in range(0, k, together):
+        part = slice(first, first + together)
+        seen = match.augmented(images[part], first)
+        # An augmentation is affine in the image: what it does to a difference is exact.
+        along = match.augmented(back[part], first) - match.augmented(zero[part], first)
+        m = len(seen)
+        labels = torch.arange(first, first + m, device=images.device).repeat_interleave(n)
+
+        def slopes(x: torch.Tensor, labels: torch.Tensor = labels) -> Params:
+            one_by_one: Params = each(own, x, labels)
+            return one_by_one
+
+        at, moving = cast(
+            "tuple[Params, Params]",
+            torch.func.jvp(slopes, (seen.flatten(0, 1),), (along.flatten(0, 1),)),
+        )
+        pieces = []
+        for name, wanted in zip(names, rows, strict=True):
+            t = wanted[part]  # [m, units, ...]
+            s = at[name].reshape(m, n, *t.shape[1:]).mean(1)
+            move = moving[name].reshape(m, n, *t.shape[1:]) / n  # one image moves, the mean by an n-th
+            long, short = t.norm(dim=2)[:, None, :, None], s.norm(dim=2)[:, None, :, None]
+            s, both = s[:, None], long * short + EPSILON
+            stretch = (move * s).sum(3, keepdim=True) * long / short.clamp(min=torch.finfo(s.dtype).tiny)
+            pieces.append(((stretch * s / both - move) / both).flatten(2))
+        found.append(torch.cat(pieces, 2))
+    return torch.cat(found)
+
+
 @dataclass(frozen=True)
 class Alternating(ABC):
     """Settings and pieces of matching under a network that is trained on the distilled set in turn.
@@ -241,6 +351,9 @@ class Alternating(ABC):
     One step of ours is one outer iteration of the authors': a fresh network, ``outer_loop`` matching steps,
     ``inner_loop`` passes of training on S after each but the last. Where the network remembers statistics (batch norm), a pass
     over 16 real images a class sets them before each match, which holds them constant; training moves them on.
+
+    ``donors`` writes down which real images the images moved towards (``shares``): of one match of each step, drawn at random, since it
+    costs about two more.
     """
 
     paper: ClassVar[str] = ""
@@ -260,6 +373,7 @@ class Alternating(ABC):
     batch_train: int = 256
     init: Init = "noise"
     net: Net = field(default_factory=ConvNet)
+    donors: bool = False
 
     def __post_init__(self) -> None:
         name = type(self).__module__.rpartition(".")[2]
@@ -281,8 +395,12 @@ class Alternating(ABC):
         return {}
 
     def start(self, problem: Problem) -> State:
-        """The initial images."""
-        return begin(initial(problem, self.init))
+        """The initial images.
+
+        Raises:
+            UserError: donors are asked for under a network that mixes images.
+        """
+        return begun(problem, initial(problem, self.init), self.net, self.donors)
 
     def step(self, problem: Problem, state: State, i: int) -> tuple[State, Log]:
         """One outer iteration: a fresh network is matched and trained in turn."""
@@ -290,16 +408,23 @@ class Alternating(ABC):
         network = Network.fresh(self.net, problem, key.fold("net"))
         weights = tuple(name for name, p in network.params.items() if p.ndim > 1)
         k = problem.real.k
+        told = int(key.fold("donors").integers(self.outer_loop, 1))
         total = 0.0
         for turn in range(self.outer_loop):
             place = key.fold("turn", turn)
             network = network.settled(problem, place.fold("settle"))
-            real = real_batch(problem, place.fold("real"), self.batch_real)
+            index = real_index(problem, place.fold("real"), self.batch_real)
+            real = problem.real.images[index]
             draws = [augment.draw(self.strategy, place.fold("augment", c)) for c in range(k)]
             match = Match(weights, cosine, draws, problem.ipc, as_they_are)
             images = state.tensors["images"]
             own = images.reshape(k, problem.ipc, *images.shape[1:])
-            loss, gradient = match(network, problem.real, real, own)
+            target = match.targets(network, problem.real, real)
+            loss, gradient = match.slope(network, problem.real, target, own)
+            if self.donors and turn == told:
+                back = way_back(state, gradient.reshape(own.shape))
+                parts = shares(network, match, target, real, own, back)
+                state = credited(state, index, parts, i)
             state = moved(state, gradient, self.lr_img, self.momentum)
             total += loss
             if turn < self.outer_loop - 1:
@@ -329,8 +454,8 @@ class Alternating(ABC):
         return match_memory(self.net, problem, self.batch_real, problem.ipc)
 
     def finish(self, problem: Problem, state: State) -> DistilledDataset:
-        """The images."""
-        return finished(problem, state.tensors["images"])
+        """The images, and their donors where they were asked for."""
+        return replace(finished(problem, state.tensors["images"]), donors=recorded(state))
 
 
 # Matching steps and training passes between them, by images a class (``get_loops`` of the authors' code).

@@ -76,10 +76,15 @@ def refuse_buffers(net: Net, buffers: Mapping[str, torch.Tensor]) -> None:
         )
 
 
-def real_batch(problem: Problem, key: Key, per_class: int) -> torch.Tensor:
-    """Random real images of every class [k, b, c, h, w], b at most the smallest class; without repeats."""
+def real_index(problem: Problem, key: Key, per_class: int) -> torch.Tensor:
+    """The places [k, b] of random real images of every class, b at most the smallest class; without repeats."""
     b = min(per_class, min(len(members) for members in problem.by_class))
-    return problem.real.images[problem.real.drawn(b, key).view(-1, b)]
+    return problem.real.drawn(b, key).view(-1, b)
+
+
+def real_batch(problem: Problem, key: Key, per_class: int) -> torch.Tensor:
+    """Random real images of every class [k, b, c, h, w], as ``real_index`` draws them."""
+    return problem.real.images[real_index(problem, key, per_class)]
 
 
 AT_ONCE = 1 << 18  # pixels of the images that go through a network together: more leave the cache

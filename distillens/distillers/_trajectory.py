@@ -17,6 +17,7 @@ from distillens.core.contracts import Like, Log, Net, Problem, State
 from distillens.core.labels import Hard, Labels
 from distillens.core.recipe import Recipe
 from distillens.core.rng import Key
+from distillens.distillers._donors import FOLLOWS
 from distillens.distillers._pixels import (
     Init,
     begin,
@@ -56,6 +57,7 @@ class Matching(ABC):
     soft_labels: ClassVar[bool] = False
     learns_lr: ClassVar[bool] = True
     needs_experts: ClassVar[bool] = True
+    lacks: ClassVar[Mapping[str, str]] = FOLLOWS
 
     steps: int = 5000
     syn_steps: int = 30

@@ -16,6 +16,7 @@ from distillens.core.contracts import Net, Params, Problem
 from distillens.core.labels import Labels
 from distillens.core.rng import Key
 from distillens.core.vector import Shapes
+from distillens.distillers._donors import UNROLLS
 from distillens.distillers._pixels import Init, real_batch
 from distillens.nets.convnet import ConvNet
 from distillens.unroll import Inner, Outer, States
@@ -43,6 +44,7 @@ class Unrolling(ABC):
     soft_labels: ClassVar[bool] = False
     learns_lr: ClassVar[bool] = False
     needs_experts: ClassVar[bool] = False
+    lacks: ClassVar[Mapping[str, str]] = UNROLLS
 
     steps: int = 50_000
     batch_real: int = 64

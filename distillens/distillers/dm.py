@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -13,15 +13,18 @@ from distillens.core.artefact import DistilledDataset
 from distillens.core.checks import at_least, one_of, positive
 from distillens.core.contracts import Log, Net, Problem, State
 from distillens.core.dataset import Dataset
+from distillens.distillers._donors import begun, credited, over_length, recorded, way_back
 from distillens.distillers._features import (
+    Draws,
     View,
     by_class,
     draws_of,
     matching_bytes,
     per_class,
+    shown,
     slope,
 )
-from distillens.distillers._pixels import Init, begin, finished, initial, moved, real_batch, small
+from distillens.distillers._pixels import Init, finished, initial, moved, real_index, small
 from distillens.nets.convnet import ConvNet
 
 
@@ -32,6 +35,8 @@ class DM:
     min_S  E_theta  sum_c || mean psi_theta(A(T_c)) - mean psi_theta(A(S_c)) ||^2, with a fresh network at
     every step, never trained, and one siamese draw A a class and step shared by its real and distilled images.
     A network with batch norm takes the statistics of a batch of all classes, the real and the distilled each of theirs.
+
+    ``donors`` writes down which real images each step came from (``shares``).
 
     Source: Zhao & Bilen 2023, equation 4; ``main_DM.py``. Where we differ: as many classes go through the network
     together as a cache holds (instance norm keeps images apart, so the gradient is the same), and draws come from keys.
@@ -51,6 +56,7 @@ class DM:
     augment: str = "color_crop_cutout_flip_scale_rotate"
     init: Init = "real"
     net: Net = field(default_factory=ConvNet)
+    donors: bool = False
 
     def __post_init__(self) -> None:
         at_least(0, "dm", steps=self.steps, momentum=self.momentum)
@@ -72,22 +78,38 @@ class DM:
         return {}
 
     def start(self, problem: Problem) -> State:
-        """The initial images."""
-        return begin(initial(problem, self.init))
+        """The initial images.
+
+        Raises:
+            UserError: donors are asked for under a network that mixes images.
+        """
+        return begun(problem, initial(problem, self.init), self.net, self.donors)
 
     def step(self, problem: Problem, state: State, i: int) -> tuple[State, Log]:
         """One matching step under a fresh network."""
         key, k = problem.key.fold("step", i), problem.real.k
         view = View.fresh(self.net, problem, key.fold("net"))
-        real = real_batch(problem, key.fold("real"), self.batch_real)
+        index = real_index(problem, key.fold("real"), self.batch_real)
         draws = draws_of(self.augment, key.fold("augment"), k)
-        target = view.targets(real, draws, _means, problem.real)
+        features: list[torch.Tensor] = []
+
+        def means(part: torch.Tensor) -> torch.Tensor:
+            if self.donors:
+                features.append(part)
+            return _means(part)
+
+        target = view.targets(problem.real.images[index], draws, means, problem.real)
 
         def loss(own: torch.Tensor, part: slice) -> torch.Tensor:
             return (target[part] - _means(view.features(own, draws[part]))).square().sum(1)
 
         images = by_class(state.tensors["images"], k)
-        losses, gradient = slope(images, loss, view.together(problem.ipc, problem.real))
+        together = view.together(problem.ipc, problem.real)
+        losses, gradient = slope(images, loss, together)
+        if self.donors:
+            back = way_back(state, gradient)
+            parts = shares(view, images, back, torch.cat(features), draws, together)
+            state = credited(state, index, parts, i)
         return moved(state, gradient.flatten(0, 1), self.lr_img, self.momentum), {"loss": float(losses.sum())}
 
     def work(self, problem: Problem) -> float:
@@ -101,10 +123,45 @@ class DM:
         return matching_bytes(self.net, "train", problem, real, problem.ipc)
 
     def finish(self, problem: Problem, state: State) -> DistilledDataset:
-        """The images."""
-        return finished(problem, state.tensors["images"])
+        """The images, and their donors where they were asked for."""
+        return replace(finished(problem, state.tensors["images"]), donors=recorded(state))
 
 
 def _means(features: torch.Tensor) -> torch.Tensor:
     """The mean feature [m, d] of each class, from [m, n, d]."""
     return features.mean(1)
+
+
+def shares(
+    view: View,
+    images: torch.Tensor,
+    back: torch.Tensor,
+    real: torch.Tensor,
+    draws: Draws,
+    together: int,
+) -> torch.Tensor:
+    """What each real image, with features ``real`` [k, b, d], gave to the way of each distilled image of its class [k, n, b].
+
+    The gradient of the loss is that of the mean of ||psi_i - mean psi(S)||^2 over the real images i: their squared distances differ
+    from the distance of their mean by what does not depend on S. So it is a sum over real images, exactly, and a
+    real image's part is the derivative of its term along the way ``back`` r [k, n, c, h, w]: 2 (mean psi(S) - psi_i).(J r) / (n b |r|).
+    J r is one product in forward mode for all distilled images together.
+    """
+    n, b = images.shape[1], real.shape[1]
+    found = []
+    for first in range(0, len(images), together):
+        part = slice(first, first + together)
+        own = draws[part]
+        # An augmentation is affine in the image: what it does to a difference is exact.
+        along = shown(back[part], own) - shown(torch.zeros_like(back[part]), own)
+
+        def seen(x: torch.Tensor) -> torch.Tensor:
+            return view.net.features(view.params, view.buffers, x, view.mode)[0]
+
+        at, moving = (
+            value.reshape(-1, n, real.shape[2])
+            for value in torch.func.jvp(seen, (shown(images[part], own),), (along,))
+        )
+        away = (at.mean(1, keepdim=True) * moving).sum(2, keepdim=True) - moving @ real[part].mT
+        found.append(2 / (n * b) * away)
+    return over_length(torch.cat(found), back)

@@ -17,6 +17,7 @@ from distillens.core.dataset import Dataset
 from distillens.core.decode import MultiFormation
 from distillens.core.recipe import Recipe
 from distillens.core.rng import Key
+from distillens.distillers._donors import MATCHES
 from distillens.distillers._formations import decoded, in_range, mixed, per_pixel
 from distillens.distillers._gradient import (
     Match,
@@ -75,6 +76,7 @@ class IDC:
     soft_labels: ClassVar[bool] = False
     learns_lr: ClassVar[bool] = False
     needs_experts: ClassVar[bool] = False
+    lacks: ClassVar[Mapping[str, str]] = MATCHES
 
     steps: int = 200_000
     inner_loop: int = 100

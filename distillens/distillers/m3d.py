@@ -14,6 +14,7 @@ from distillens.core.checks import at_least, one_of, positive
 from distillens.core.contracts import Log, Net, Problem, State
 from distillens.core.dataset import Dataset
 from distillens.core.decode import MultiFormation
+from distillens.distillers._donors import MATCHES
 from distillens.distillers._features import (
     View,
     by_class,
@@ -66,6 +67,7 @@ class M3D:
     soft_labels: ClassVar[bool] = False
     learns_lr: ClassVar[bool] = False
     needs_experts: ClassVar[bool] = False
+    lacks: ClassVar[Mapping[str, str]] = MATCHES
 
     steps: int = 10_000
     lr_img: float = 10.0

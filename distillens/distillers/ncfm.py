@@ -19,6 +19,7 @@ from distillens.core.decode import MultiFormation
 from distillens.core.recipe import Recipe
 from distillens.core.rng import Key
 from distillens.core.vector import Shapes
+from distillens.distillers._donors import MATCHES
 from distillens.distillers._features import (
     Draws,
     Loss,
@@ -87,6 +88,7 @@ class NCFM:
     soft_labels: ClassVar[bool] = False
     learns_lr: ClassVar[bool] = False
     needs_experts: ClassVar[bool] = False
+    lacks: ClassVar[Mapping[str, str]] = MATCHES
 
     steps: int = 20_000
     num_freqs: int = 4096

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from distillens import analyses
 from distillens.analyses.behaviour.accuracy import Accuracy
@@ -21,6 +23,7 @@ from distillens.analyses.behaviour.robustness import Robustness
 from distillens.analyses.behaviour.sensitivity import Sensitivity
 from distillens.analyses.pointwise.estimators import Estimators
 from distillens.analyses.pointwise.leave_one_out import LeaveOneOut
+from distillens.analyses.pointwise.provenance import Provenance
 from distillens.analyses.pointwise.semantics import Semantics
 from distillens.analyses.pointwise.shapley import Shapley
 from distillens.analyses.representativeness.clock import Clock
@@ -33,6 +36,7 @@ from distillens.analyses.representativeness.recognition_curve import Recognition
 from distillens.core.config import describe, restore
 from distillens.core.contracts import Problem, Sets, is_adaptive
 from distillens.core.dataset import Splits
+from distillens.core.donors import Donors
 from distillens.core.recipe import Recipe
 from distillens.core.rng import Key
 from distillens.distillers.random_subset import RandomSubset
@@ -65,6 +69,7 @@ TINY: dict[str, Any] = {
         NET, SHORT, inits=2, subsets=16, images=20, estimators=("trak", "last_layer", "tracin")
     ),
     "pointwise/leave_one_out": LeaveOneOut(NET, SHORT, inits=2),
+    "pointwise/provenance": Provenance(NET, views=1, top=2),
     "pointwise/semantics": Semantics(NET, SHORT, inits=2, top=15, shuffles=100),
     "pointwise/shapley": Shapley(NET, SHORT, permutations=2, strong=2, contexts=2),
     "representativeness/coverage": Coverage(NET, SHORT.but(batch=256), moments=5, trajectories=2),
@@ -112,7 +117,11 @@ def sets_of(real: Splits) -> Sets:
         problems = [Problem(real.train, 1, KEY.fold(name, r)) for r in range(2)]
         return tuple(method.finish(problem, method.start(problem)) for problem in problems)
 
-    return Sets({"a": many("a")}, {"random_subset": many("base")})
+    # As if its method had written down its donors: some analyses read them, to others they are nothing.
+    n = len(real.train)
+    record = Donors(KEY.fold("parts").uniform(2, 1, n), torch.ones(2, n, dtype=torch.int64))
+    recorded = tuple(replace(one, donors=record) for one in many("a"))
+    return Sets({"a": recorded}, {"random_subset": many("base")})
 
 
 def test_every_analysis_has_a_tiny_setting() -> None:

@@ -572,6 +572,101 @@ def test_images_in_float64_stay_so(name: str) -> None:
     assert {t.dtype for t in done.stored.values()} == {torch.float64}
 
 
+# ---- donors ----
+
+
+def gives_donors(name: str) -> bool:
+    return "donors" in settings_of(distillers.room.find(name)())
+
+
+that_record = pytest.mark.parametrize("name", [n for n in names if gives_donors(n)])
+
+
+def recording(name: str, channels: int) -> tuple[Distiller, Problem, list[State], list[Log]]:
+    data = real(channels).train
+    method = tiny(name, data, donors="true")
+    problem = problem_of(method, data)
+    return (method, problem, *go(method, problem))
+
+
+@that_record
+@every_channel
+def test_a_record_of_donors_changes_no_image(name: str, channels: int) -> None:
+    method, problem, states, logs = recording(name, channels)
+    _, _, plain, plain_logs, done = whole(name, channels)
+    assert logs == plain_logs
+    for state, other in zip(states, plain, strict=True):
+        assert all(torch.equal(state.tensors[part], tensor) for part, tensor in other.tensors.items())
+    made = method.finish(problem, states[-1])
+    assert replace(made, donors=None).fingerprint == done.fingerprint
+    assert made.donors is not None and done.donors is None
+    assert method.finish(problem, states[0]).donors is None  # nothing has moved yet
+
+
+@that_record
+@every_channel
+def test_a_record_of_donors_goes_on_where_it_was_interrupted_and_is_saved(
+    name: str, channels: int, tmp_path: Path
+) -> None:
+    method, problem, states, _ = recording(name, channels)
+    for killed in range(method.steps + 1):
+        states[killed].save(tmp_path / "state")
+        again, _ = go(method, problem, State.load(tmp_path / "state"), killed)
+        assert bytes_of(again[-1]) == bytes_of(states[-1]), f"killed after step {killed}"
+    made = method.finish(problem, states[-1])
+    about = Provenance(name, describe(method), IPC, problem.key, "planted", "")
+    replace(made, provenance=about).save(tmp_path / "set")
+    assert DistilledDataset.load(tmp_path / "set").fingerprint == made.fingerprint
+
+
+@that_record
+def test_parts_are_of_images_that_were_met(name: str) -> None:
+    _, problem, states, _ = recording(name, 1)
+    data, labels = problem.real, problem.real.labels.hard()
+    for i, (before, after) in enumerate(pairwise(states)):
+        parts, met = (
+            after.tensors[f"donors.{part}"] - before.tensors[f"donors.{part}"] for part in ("parts", "met")
+        )
+        assert not parts[1 - i % 2].any() and not met[1 - i % 2].any()
+        assert torch.bincount(labels[met[i % 2] == 1], minlength=3).tolist() == [4, 4, 4]
+        assert not parts[i % 2][:, met[i % 2] == 0].any()
+        assert parts[i % 2].any()
+        if not i:  # all of the first step is a way
+            ways = torch.stack([parts[0][:, own].sum(1) for own in data.by_class])
+            assert (ways >= 0).all() and (ways > 0).any()
+
+
+@that_record
+def test_a_network_that_mixes_images_has_no_donors(name: str) -> None:
+    data = real().train
+    method = tiny(name, data, donors="true")
+    method = override(method, ["net.norm=batch"])
+    with pytest.raises(UserError) as error:
+        method.start(problem_of(method, data))
+    assert str(error.value) == (
+        "donors are recorded under networks that keep images apart; got ConvNet, whose batch norm lets every image of a "
+        "batch change the others'; choose another norm, or leave donors out"
+    )
+
+
+@pytest.mark.parametrize("name", [n for n in names if not gives_donors(n)])
+def test_a_method_without_donors_says_why(name: str) -> None:
+    method = distillers.room.find(name).defaults(real().train, 1)
+    with pytest.raises(UserError) as error:
+        override(method, ["donors=true"])
+    kind = type(method)
+    assert str(error.value) == f"{kind.__name__.lower()} has no setting 'donors': {kind.lacks['donors']}"  # type: ignore[attr-defined]
+    told = {
+        "trajectory": "through whole trainings of experts, which blend them",
+        "unrolled": "keeps no record of them yet, though its loss is a sum over real images",
+        "kernel": "keeps no record of them yet, though its loss is a sum over real images",
+        "distribution": "keeps no record of them yet; dm, dc and dsa do",
+        "gradient": "keeps no record of them yet; dm, dc and dsa do",
+        "coreset": "its points are real images, and the set says which",
+    }
+    assert told[kind.family] in str(error.value)
+
+
 # ---- the tests' own checks ----
 
 

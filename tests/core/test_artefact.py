@@ -20,6 +20,7 @@ from PIL import Image
 from distillens.core.artefact import DistilledDataset, Order, Provenance, Storage
 from distillens.core.checks import UserError
 from distillens.core.decode import Bases, Decode, MultiFormation, Pixels
+from distillens.core.donors import Donors
 from distillens.core.labels import Hard, Labels, Logits, Probabilities, Targets, Teacher
 from distillens.core.recipe import Recipe
 from distillens.core.rng import Key
@@ -55,6 +56,7 @@ SPACES: dict[str, Space] = {
 }
 ORDER = Order(torch.tensor([[0, 5], [2, -1], [4, 1]]), torch.tensor([0.1, 0.2, 0.4]))
 CHOSEN = torch.tensor([7, 0, 300, 12, 5, 7])
+DONORS = Donors(torch.arange(32.0).view(2, 2, 8) - 9, torch.arange(16).view(2, 8))
 RECIPE = Recipe(steps=7, lr=0.0123, batch=2, schedule="cosine", augment="flip")
 PROVENANCE = Provenance(
     "dm",
@@ -101,6 +103,10 @@ def assert_same(a: DistilledDataset, b: DistilledDataset) -> None:
     assert (a.chosen is None) == (b.chosen is None)
     if a.chosen is not None and b.chosen is not None:
         assert torch.equal(a.chosen, b.chosen)
+    assert (a.donors is None) == (b.donors is None)
+    if a.donors is not None and b.donors is not None:
+        assert torch.equal(a.donors.parts, b.donors.parts)
+        assert torch.equal(a.donors.met, b.donors.met)
     assert torch.equal(a.dataset().images, b.dataset().images)
     assert a.dataset().fingerprint == b.dataset().fingerprint
     assert a.fingerprint == b.fingerprint
@@ -242,6 +248,31 @@ def test_chosen_images_are_one_index_a_point(chosen: torch.Tensor, said: str) ->
     assert str(error.value) == said
 
 
+def test_a_part_of_a_set_has_no_donors() -> None:
+    assert distilled(donors=DONORS).without(1).donors is None
+
+
+def test_donors_fit_the_set_that_they_are_of() -> None:
+    with pytest.raises(UserError) as error:
+        distilled(donors=Donors(torch.zeros(2, 3, 8), torch.zeros(2, 8, dtype=torch.int64)))
+    assert str(error.value) == (
+        "the record of donors does not fit the set; got 3 points a class in it, 6 points of 3 classes"
+    )
+    for parts, met in (
+        (torch.zeros(2, 2, 7), torch.zeros(2, 8, dtype=torch.int64)),
+        (torch.zeros(1, 2, 8), torch.zeros(1, 8, dtype=torch.int64)),
+        (torch.zeros(2, 8), torch.zeros(2, 8, dtype=torch.int64)),
+        (torch.zeros(2, 2, 8), torch.zeros(2, 8)),
+        (torch.zeros(2, 2, 8, dtype=torch.int64), torch.zeros(2, 8, dtype=torch.int64)),
+    ):
+        with pytest.raises(UserError) as error:
+            Donors(parts, met)
+        assert str(error.value) == (
+            "a record of donors needs a number for each point of a class and real image, and a count an image; got "
+            f"{parts.dtype} {list(parts.shape)}, {met.dtype} {list(met.shape)}; expected parts [2, p, n] and int64 counts [2, n]"
+        )
+
+
 def test_without_nothing_is_the_same_set() -> None:
     one = distilled(order=ORDER)
     assert one.without().fingerprint == one.fingerprint
@@ -289,6 +320,7 @@ def _changed(tensors: dict[str, torch.Tensor], name: str) -> dict[str, torch.Ten
         {"recipe": RECIPE},
         {"order": ORDER},
         {"chosen": CHOSEN},
+        {"donors": DONORS},
     ],
     ids=lambda changes: next(iter(changes)),
 )
@@ -303,6 +335,8 @@ def test_the_fingerprint_changes_with_any_part(changes: dict[str, Any]) -> None:
         ({"order": ORDER}, {"order": Order(ORDER.steps, ORDER.lr + 0.1)}),
         ({"order": ORDER}, {"order": Order(ORDER.steps.flip(1), ORDER.lr)}),
         ({"chosen": CHOSEN}, {"chosen": CHOSEN + 1}),
+        ({"donors": DONORS}, {"donors": Donors(DONORS.parts * 2, DONORS.met)}),
+        ({"donors": DONORS}, {"donors": Donors(DONORS.parts, DONORS.met + 1)}),
         ({"labels": "probabilities"}, {"labels": Logits(LABELS["probabilities"]().tensors()["values"])}),
         ({"labels": "teacher"}, {"labels": Teacher("abc", KEY.fold("v").normal(2, N, K), 4, 2.5, 1234)}),
     ],
@@ -320,7 +354,9 @@ def test_the_fingerprint_leaves_the_provenance_out() -> None:
 
 
 @pytest.mark.parametrize(
-    "extras", [{}, {"order": ORDER, "recipe": RECIPE}, {"chosen": CHOSEN}], ids=["plain", "ordered", "chosen"]
+    "extras",
+    [{}, {"order": ORDER, "recipe": RECIPE}, {"chosen": CHOSEN}, {"donors": DONORS}],
+    ids=["plain", "ordered", "chosen", "donors"],
 )
 @pytest.mark.parametrize("decode", STORED)
 @pytest.mark.parametrize("labels", LABELS)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from distillens.analyses.pointwise._grid import grid_of
 from distillens.analyses.pointwise._retrained import (
     again,
     chosen,
@@ -471,11 +472,11 @@ class LeaveOneOutResult(Result):
             "How much each point lowers the mean test loss, in order, with its standard error": self._plot_totals,
         }
         for name in self.distilled:
-            panels[f"{name}: one point of each class and the test images that it helps most"] = _grid_of(
+            panels[f"{name}: one point of each class and the test images that it helps most"] = grid_of(
                 self.points[name], self.most_test[name], self.labels[name]
             )
         for name in self.distilled:
-            panels[f"{name}: the same points and the training images that they help most"] = _grid_of(
+            panels[f"{name}: the same points and the training images that they help most"] = grid_of(
                 self.points[name], self.most_train[name], self.labels[name]
             )
         return panels
@@ -536,26 +537,3 @@ def _count(agreement: Estimate) -> str:
     return (
         f"{math.ceil(likely)} [{math.ceil(best)}, {'no number' if math.isinf(worst) else math.ceil(worst)}]"
     )
-
-
-def _grid_of(points: torch.Tensor, moved: torch.Tensor, labels: torch.Tensor) -> Callable[[Axes], None]:
-    """Draw one point of each class, a gap, and the images that it moves most."""
-
-    def draw(ax: Axes) -> None:
-        firsts = [int((labels == c).nonzero()[0, 0]) for c in sorted(set(labels.tolist()))]
-        half = -(-len(firsts) // 2)
-        c, h, w = points.shape[1:]
-        columns = 1 + moved.shape[1]
-        tile_h, tile_w = h + 1, w + 1
-        block = columns * tile_w + w // 2
-        canvas = torch.ones(half * tile_h, 2 * block + w, 3)
-        for i, j in enumerate(firsts):
-            left, top = (i // half) * (block + w), (i % half) * tile_h
-            for column, image in enumerate([points[j], *moved[j]]):
-                x = left + column * tile_w + (w // 2 if column else 0)
-                shown = (image if c == 3 else image.mean(0, keepdim=True).expand(3, h, w)).clamp(0, 1)
-                canvas[top : top + h, x : x + w] = shown.permute(1, 2, 0)
-        ax.imshow(canvas.numpy(force=True), interpolation="nearest")
-        ax.set_axis_off()
-
-    return draw

@@ -1,0 +1,252 @@
+"""What a real image gave to a step, by a slow twin: each image's own term of the loss, moved along by finite differences."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from distillens import augment
+from distillens.core.contracts import Problem, State
+from distillens.core.dataset import Dataset
+from distillens.core.labels import Hard
+from distillens.core.rng import Key
+from distillens.data.planted import planted
+from distillens.distillers.dc import DC
+from distillens.distillers.dm import DM
+from distillens.distillers.dsa import DSA
+from distillens.nets.convnet import ConvNet
+
+IPC, BATCH, CLASSES = 2, 5, 3
+NET = ConvNet(depth=1, width=4)
+KEY = Key(3, ("donors",))
+EVERY = "color_crop_cutout_flip_scale_rotate"
+
+
+def problem_of(ipc: int = IPC) -> Problem:
+    """Three classes of eight images in colour, in float64."""
+    data = planted(Key(7), per_class=8, shape=(3, 8, 12)).train
+    fine = Dataset(data.images.double(), data.labels, data.classes, data.space)
+    return Problem(fine, ipc, KEY)
+
+
+def first_step(method: Any, problem: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Images before the step [k, p, ...], the gradient that made it, and the parts of its record [p, n]."""
+    begun = method.start(problem)
+    state, _ = method.step(problem, begun, 0)
+    shape = (CLASSES, problem.ipc, *problem.real.shape)
+    assert not state.tensors["donors.parts"][1].any()
+    return (
+        begun.tensors["images"].view(shape),
+        state.tensors["velocity"].view(shape),
+        state.tensors["donors.parts"][0],
+    )
+
+
+def along(term: Any, images: torch.Tensor, gradient: torch.Tensor, j: int, size: float = 1e-5) -> float:
+    """The derivative of a term of one class's images [p, ...], when image j moves along its step."""
+    unit = torch.zeros_like(images)
+    unit[j] = gradient[j] / gradient[j].norm()
+    return float((term(images + size * unit) - term(images - size * unit)) / (2 * size))
+
+
+def of_class(data: Dataset, index: torch.Tensor, c: int) -> torch.Tensor:
+    return index.view(CLASSES, -1)[c]
+
+
+# ---- DM ----
+
+
+def features(params: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    return NET.features(params, {}, x, "train")[0]
+
+
+@pytest.mark.parametrize("strategy", ["", "color+crop+rotate", EVERY, "color"])
+@pytest.mark.parametrize("ipc", [1, IPC])
+def test_dm_shares_its_step_out_as_the_images_own_terms_have_it(strategy: str, ipc: int) -> None:
+    problem = problem_of(ipc)
+    data = problem.real
+    method = DM(steps=1, batch_real=BATCH, augment=strategy, init="real", net=NET, donors=True)
+    images, gradient, parts = first_step(method, problem)
+    key = KEY.fold("step", 0)
+    params = {name: value.double() for name, value in NET.init(data, key.fold("net"))[0].items()}
+    index = data.drawn(BATCH, key.fold("real"))
+    expected = torch.zeros_like(parts)
+    for c in range(CLASSES):
+        draw = augment.draw(strategy, key.fold("augment", c))
+        for i in of_class(data, index, c).tolist():
+            target = features(params, augment.apply(data.images[i : i + 1], draw))[0]
+
+            def term(own: torch.Tensor, target: torch.Tensor = target, draw: Any = draw) -> torch.Tensor:
+                return (target - features(params, augment.apply(own, draw)).mean(0)).square().sum() / BATCH
+
+            for j in range(ipc):
+                expected[j, i] = along(term, images[c], gradient[c], j)
+    torch.testing.assert_close(parts, expected, rtol=1e-5, atol=1e-8)
+    # A batch's parts are the whole step.
+    sums = torch.stack([parts[:, data.labels.hard() == c].sum(1) for c in range(CLASSES)])
+    torch.testing.assert_close(sums, gradient.flatten(2).norm(dim=2), rtol=1e-9, atol=1e-12)
+
+
+def test_dms_step_without_an_image_is_what_the_others_gave() -> None:
+    """Left out, an image takes its part with it, exactly; the others then count as one more each: n / (n - 1)."""
+    problem = problem_of()
+    data = problem.real
+    method = DM(steps=1, batch_real=BATCH, augment="", init="real", net=NET, donors=True)
+    images, gradient, parts = first_step(method, problem)
+    key = KEY.fold("step", 0)
+    params = {name: value.double() for name, value in NET.init(data, key.fold("net"))[0].items()}
+    index = data.drawn(BATCH, key.fold("real"))
+    for c in range(CLASSES):
+        members = of_class(data, index, c).tolist()
+        for left_out in members:
+            rest = [i for i in members if i != left_out]
+            target = features(params, data.images[rest]).mean(0)
+            leaf = images[c].clone().requires_grad_()
+            (target - features(params, leaf).mean(0)).square().sum().backward()  # type: ignore[no-untyped-call]
+            assert leaf.grad is not None
+            for j in range(IPC):
+                unit = gradient[c, j] / gradient[c, j].norm()
+                length = float(gradient[c, j].norm() - parts[j, left_out]) * BATCH / (BATCH - 1)
+                assert float((leaf.grad[j] * unit).sum()) == pytest.approx(length, rel=1e-8, abs=1e-10)
+
+
+# ---- DC and DSA ----
+
+
+def rows_of(params: dict[str, torch.Tensor], x: torch.Tensor, c: int, graph: bool = False) -> Any:
+    """The gradients of the mean loss in every weight, as rows of output units."""
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in params.items()}
+    logits, _ = NET.logits(leaves, {}, x)
+    loss = F.cross_entropy(logits, torch.full((len(x),), c))
+    wanted = [leaf for leaf in leaves.values() if leaf.ndim > 1]
+    return [g.reshape(len(g), -1) for g in torch.autograd.grad(loss, wanted, create_graph=graph)]
+
+
+@pytest.mark.parametrize("strategy", ["", "color+crop+rotate", EVERY])
+@pytest.mark.parametrize("ipc", [1, IPC])
+def test_gradient_matching_shares_its_step_out_as_the_images_own_terms_have_it(
+    strategy: str, ipc: int
+) -> None:
+    problem = problem_of(ipc)
+    data = problem.real
+    method: Any = DSA(augment=strategy) if strategy else DC()
+    method = replace(
+        method, steps=1, outer_loop=1, batch_real=BATCH, init="real", lr_img=1.0, net=NET, donors=True
+    )
+    images, gradient, parts = first_step(method, problem)
+    key = KEY.fold("step", 0)
+    params = {name: value.double() for name, value in NET.init(data, key.fold("net"))[0].items()}
+    place = key.fold("turn", 0)
+    index = data.drawn(BATCH, place.fold("real"))
+    expected = torch.zeros_like(parts)
+    for c in range(CLASSES):
+        draw = augment.draw(strategy, place.fold("augment", c))
+        members = of_class(data, index, c).tolist()
+        single = [rows_of(params, augment.apply(data.images[i : i + 1], draw), c) for i in members]
+        mean = [torch.stack(layer).mean(0) for layer in zip(*single, strict=True)]
+        for i, alone in zip(members, single, strict=True):
+
+            def term(
+                own: torch.Tensor, alone: Any = alone, mean: Any = mean, draw: Any = draw, c: int = c
+            ) -> torch.Tensor:
+                total = torch.zeros((), dtype=torch.float64)
+                for g, t, s in zip(alone, mean, rows_of(params, augment.apply(own, draw), c), strict=True):
+                    both = t.norm(dim=1) * s.norm(dim=1) + 1e-6
+                    total = total - ((g / BATCH * s).sum(1) / both).sum()
+                return total
+
+            for j in range(ipc):
+                expected[j, i] = along(term, images[c], gradient[c], j)
+    torch.testing.assert_close(parts, expected, rtol=1e-4, atol=1e-7)
+    sums = torch.stack([parts[:, data.labels.hard() == c].sum(1) for c in range(CLASSES)])
+    torch.testing.assert_close(sums, gradient.flatten(2).norm(dim=2), rtol=1e-8, atol=1e-12)
+
+
+# ---- along which way ----
+
+
+@pytest.mark.parametrize("kind", [DM, DC, DSA])
+def test_later_steps_count_along_the_way_from_the_start(kind: Any) -> None:
+    """A batch's parts sum to the step, less what is left of its speed, along the way so far."""
+    problem = problem_of()
+    method = replace(kind(), steps=4, batch_real=BATCH, init="real", lr_img=0.5, net=NET, donors=True)
+    states = [method.start(problem)]
+    for i in range(method.steps):
+        states.append(method.step(problem, states[-1], i)[0])
+    own = torch.stack([problem.real.labels.hard() == c for c in range(CLASSES)]).double()
+    for i in range(1, method.steps):
+        before, after = states[i].tensors, states[i + 1].tensors
+        gradient = (after["velocity"] - method.momentum * before["velocity"]).flatten(1)
+        way = (before["images"] - states[0].tensors["images"]).flatten(1)
+        expected = -(gradient * way).sum(1) / way.norm(dim=1)
+        parts = (after["donors.parts"] - before["donors.parts"])[i % 2]
+        found = (parts @ own.T).T.flatten()  # class by class, as the images lie
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12)
+
+
+def test_what_a_point_at_rest_owes_to_its_batches_comes_and_goes() -> None:
+    """Steps at rest are noise, and each leans to the images of its own batch; hardly any of that is a way."""
+    problem = problem_of(1)
+    method = DM(
+        steps=400, batch_real=2, augment="", init="real", net=NET, lr_img=0.02, momentum=0.0, donors=True
+    )
+    state = method.start(problem)
+    for i in range(200):
+        state = method.step(problem, state, i)[0]
+    at_rest, length = state, 0.0
+    for i in range(200, 400):
+        state = method.step(problem, state, i)[0]
+        length += float(state.tensors["velocity"].flatten(1).norm(dim=1).sum())
+    gained = (state.tensors["donors.parts"] - at_rest.tensors["donors.parts"]).sum()
+    assert abs(float(gained)) < 0.25 * length
+
+
+# ---- what is met and what is not ----
+
+
+def test_steps_of_even_and_odd_number_are_kept_apart_and_each_image_met_is_counted() -> None:
+    problem = problem_of()
+    method = DM(steps=5, batch_real=4, augment="", init="real", net=NET, donors=True)
+    state: State = method.start(problem)
+    drawn = torch.zeros(2, len(problem.real), dtype=torch.int64)
+    for i in range(method.steps):
+        state, _ = method.step(problem, state, i)
+        drawn[i % 2, problem.real.drawn(4, KEY.fold("step", i, "real"))] += 1
+    assert torch.equal(state.tensors["donors.met"], drawn)
+    never = drawn == 0
+    assert not state.tensors["donors.parts"].transpose(0, 1)[:, never].any()
+
+
+def test_an_image_of_a_cluster_that_pulls_is_a_donor_and_one_where_the_point_already_is_none() -> None:
+    """A class of two clusters: the point starts at the large one, so that it is the small one that moves it."""
+    key = Key(11, ("clusters",))
+    shape = (1, 8, 8)
+    centres = key.fold("centres").normal(2, *shape) * 2
+    sizes = (18, 2)
+    images = torch.cat(
+        [centres[c] + 0.1 * key.fold("images", c).normal(size, *shape) for c, size in enumerate(sizes)]
+    ).double()
+    template = planted(Key(7), per_class=2, shape=shape).train
+    data = Dataset(
+        torch.cat([images, images.flip(3)]),
+        Hard(torch.tensor([0] * 20 + [1] * 20)),
+        ("a", "b"),
+        template.space,
+    )
+    problem = Problem(data, 1, key.fold("run"))
+    method = DM(steps=6, batch_real=20, augment="", net=NET, lr_img=0.01, donors=True)
+    begun = method.start(problem)
+    start = torch.stack([images[:18].mean(0), images[:18].mean(0).flip(2)])
+    state = State({**begun.tensors, "images": start})
+    for i in range(method.steps):
+        state, _ = method.step(problem, state, i)
+    parts = state.tensors["donors.parts"].sum(0)[0]
+    for first in (0, 20):
+        whole = parts[first : first + 20].sum()
+        small = parts[first + 18 : first + 20]
+        assert float(small.sum() / whole) > 0.9, "two of twenty images gave nine tenths of the way"
+        assert int(parts[first : first + 20].topk(2).indices.min()) == 18
