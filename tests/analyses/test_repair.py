@@ -47,6 +47,7 @@ SHORT = Recipe(steps=60, lr=0.05)
 TINY = ConvNet(depth=2, width=8)
 QUICK = Repair(TINY, Recipe(steps=2), inits=1, fresh=1, draws=2, kept=(0.5,), pixel_steps=1)
 DRAWS, ALARMS = 1000, 70
+FAST = Plan(chunk=32, images=1600)
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +204,7 @@ def test_mislabelled_points_are_found_and_mended(digits: Splits) -> None:
     wrong = {0, 7, 13, 16, 20, 28}
     one = mislabelled(subset(digits, KEY.fold("plant"), 3), *wrong)
     analysis = Repair(TINY, SHORT, inits=3, fresh=6, kept=(0.5,), share=0.2)
-    result = analysis(Sets({"a": (one,)}), digits, Runs(Plan()), key=KEY)
+    result = analysis(Sets({"a": (one,)}), digits, Runs(FAST), key=KEY)
     weak = result.weak["a"].tolist()
     assert len(wrong & set(weak)) >= 4
     verdicts = {claim.name: claim.verdict for claim in result.claims()}
@@ -227,7 +228,7 @@ def test_mislabelled_points_are_found_and_mended(digits: Splits) -> None:
 def test_good_points_come_before_wrong_ones(digits: Splits) -> None:
     one = mislabelled(subset(digits, KEY.fold("half"), 4), *range(0, 40, 2))
     analysis = Repair(TINY, SHORT, inits=2, fresh=3, kept=(0.25, 0.5), policies=())
-    result = analysis(Sets({"a": (one,)}), digits, Runs(Plan()), key=KEY)
+    result = analysis(Sets({"a": (one,)}), digits, Runs(FAST), key=KEY)
     (claim,) = result.claims()
     assert claim.name == "first k are better than random" and claim.verdict == "supported"
 
