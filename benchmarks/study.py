@@ -45,10 +45,10 @@ STUDIES: dict[str, tuple[str, dict[str, Any]]] = {
             "preset": "full",
             "replicates": 1,
             "ipc": (10,),
-            "only": ("pointwise/leave_one_out", "pointwise/estimators", "pointwise/shapley"),
+            "only": ("pointwise/leave_one_out", "pointwise/estimators", "pointwise/semantics"),
             "settings": (
-                *(f"{name}.recipe.steps=150" for name in ("leave_one_out", "estimators", "shapley")),
-                *(f"{name}.inits=3" for name in ("leave_one_out", "estimators")),
+                *(f"{name}.recipe.steps=150" for name in ("leave_one_out", "estimators", "semantics")),
+                *(f"{name}.inits=3" for name in ("leave_one_out", "estimators", "semantics")),
                 "estimators.images=200",
             ),
         },
@@ -58,7 +58,7 @@ STUDIES: dict[str, tuple[str, dict[str, Any]]] = {
 TABLES = (
     "behaviour/accuracy",
     "pointwise/estimators",
-    "pointwise/shapley",
+    "pointwise/semantics",
 )  # the others are in the study's report
 RESULTS = Path(__file__).parent / "results"
 

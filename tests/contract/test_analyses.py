@@ -24,6 +24,7 @@ from distillens.analyses.behaviour.sensitivity import Sensitivity
 from distillens.analyses.pointwise.estimators import Estimators
 from distillens.analyses.pointwise.leave_one_out import LeaveOneOut
 from distillens.analyses.pointwise.provenance import Provenance
+from distillens.analyses.pointwise.repair import Repair
 from distillens.analyses.pointwise.semantics import Semantics
 from distillens.analyses.pointwise.shapley import Shapley
 from distillens.analyses.representativeness.clock import Clock
@@ -70,6 +71,7 @@ TINY: dict[str, Any] = {
     ),
     "pointwise/leave_one_out": LeaveOneOut(NET, SHORT, inits=2),
     "pointwise/provenance": Provenance(NET, views=1, top=2),
+    "pointwise/repair": Repair(NET, SHORT, inits=2, fresh=2, draws=3, kept=(0.3, 0.6), pixel_steps=2),
     "pointwise/semantics": Semantics(NET, SHORT, inits=2, top=15, shuffles=100),
     "pointwise/shapley": Shapley(NET, SHORT, permutations=2, strong=2, contexts=2),
     "representativeness/coverage": Coverage(NET, SHORT.but(batch=256), moments=5, trajectories=2),
