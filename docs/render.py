@@ -114,17 +114,6 @@ def trust_table(name: str) -> str:
     return "\n".join([*lines, "", _made_by(saved)])
 
 
-def worth_table(name: str) -> str:
-    """How far the Shapley values of every set can be trusted."""
-    saved = json.loads((RESULTS / f"{name}.json").read_text())
-    lines: list[str] = []
-    for size in saved["sizes"].values():
-        table = size["tables"]["pointwise/shapley"][0]
-        lines += [f"| {' | '.join(table['columns'])} |", f"| {' | '.join('---' for _ in table['columns'])} |"]
-        lines += [f"| {' | '.join(map(_cell, row))} |" for row in table["rows"]]
-    return "\n".join(lines)
-
-
 def _cell(value: Any) -> str:
     if isinstance(value, dict):
         return _estimate(value)
@@ -173,7 +162,7 @@ def curvature_table() -> str:
         "",
         f"The curve of the paper on digits, {curve['moments']} moments of one training, real data and four sets of 100 images: "
         + ", ".join(
-            f"{ours:,} example-products at a standard error of {error:.0%} ({curve['published'] / ours:.0f} times fewer)"
+            f"{ours:,} example-products at a stated standard error of {error:.0%} ({curve['published'] / ours:.0f} times fewer)"
             for error, ours in zip(curve["errors"], curve["ours"], strict=True)
         )
         + f" in place of {curve['published']:,} by the published estimator.",
@@ -416,7 +405,6 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "representativeness digits": lambda: claims_table("representativeness"),
     "representativeness cifar10": lambda: claims_table("representativeness_cifar10"),
     "pointwise trust": lambda: trust_table("pointwise"),
-    "pointwise worth": lambda: worth_table("pointwise"),
     "pointwise claims": lambda: claims_table("pointwise"),
     "analyses cost": cost_table,
     "paper digits": lambda: paper_table("paper"),
