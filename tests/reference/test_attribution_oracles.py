@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import pairwise
@@ -163,7 +164,10 @@ def by_captum(
 
     checkpoints: Any = list(paths) if kind == "TracInCP" else next(iter(paths))
     loss = torch.nn.CrossEntropyLoss(reduction="none")
-    asked = make(one.module, one.points, checkpoints, load, loss_fn=loss, batch_size=POINTS, **options)
+    # A copy: captum leaves the last checkpoint that it looked at in the module.
+    asked = make(
+        deepcopy(one.module), one.points, checkpoints, load, loss_fn=loss, batch_size=POINTS, **options
+    )
     return asked.influence(one.targets.tensors).T
 
 
