@@ -73,7 +73,7 @@ class Curvature:
     looks: int = 12
     last: int = 0
     error: float = 0.05
-    most: int = 40
+    most: int = 20
     images: int = 128
     top: int = 5
     sample: int = 256
