@@ -129,6 +129,17 @@ def paired(first: Sequence[float], second: Sequence[float], unit: str) -> Estima
     return Estimate.mean([a - b for a, b in zip(first, second, strict=True)], unit)
 
 
+def weaker(direction: Literal["greater", "less"], first: Estimate, second: Estimate) -> Estimate:
+    """Of two contrasts that must both hold the one that says less for the claim.
+
+    The claim is then supported where both are, at the level of each: a test of a union of nulls by the
+    intersection of their rejections (Berger 1982) needs no correction.
+    """
+    if direction == "greater":
+        return min(first, second, key=lambda one: (one.low, one.value))
+    return max(first, second, key=lambda one: (one.high, one.value))
+
+
 def _t_quantile(level: float, freedom: float) -> float:
     from scipy.stats import t
 

@@ -312,4 +312,5 @@ def test_a_record_of_other_images_is_refused(digits: Splits) -> None:
 @pytest.mark.parametrize(("field", "said"), [("views", "views"), ("top", "top")])
 def test_settings_that_make_no_sense_are_refused(field: str, said: str) -> None:
     with pytest.raises(UserError, match=f"provenance: {said} must be at least 1; got 0"):
+        # The field is known by name alone.
         replace(ASKED, **{field: 0})  # type: ignore[arg-type]

@@ -25,7 +25,6 @@ from distillens.analyses.representativeness._beside import (
     sooner,
     unseen,
     updates,
-    weaker,
 )
 from distillens.analyses.representativeness.recognition_curve import (
     RecognitionCurve,
@@ -37,7 +36,7 @@ from distillens.core.contracts import Sets
 from distillens.core.dataset import Splits
 from distillens.core.labels import Hard, Probabilities
 from distillens.core.recipe import Recipe
-from distillens.core.result import NETWORK, REPLICATE, Claim, Estimate
+from distillens.core.result import NETWORK, REPLICATE, Claim, Estimate, weaker
 from distillens.core.rng import Key
 from distillens.core.storage import read_tensors
 from distillens.engine.plan import Plan

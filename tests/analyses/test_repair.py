@@ -24,7 +24,7 @@ from distillens.analyses.pointwise._repairs import (
     relabelled,
 )
 from distillens.analyses.pointwise._retrained import without_each
-from distillens.analyses.pointwise.repair import POLICIES, Repair, RepairResult, area, beyond, lesser
+from distillens.analyses.pointwise.repair import POLICIES, Repair, RepairResult, area, beyond
 from distillens.core.artefact import DistilledDataset, Order
 from distillens.core.checks import UserError
 from distillens.core.contracts import Sets
@@ -32,7 +32,7 @@ from distillens.core.dataset import Dataset, Splits
 from distillens.core.decode import MultiFormation
 from distillens.core.labels import Hard, Labels, Logits, Probabilities, Targets, Teacher
 from distillens.core.recipe import Recipe
-from distillens.core.result import Estimate, paired
+from distillens.core.result import paired
 from distillens.core.rng import Key
 from distillens.core.storage import read_tensors
 from distillens.engine.plan import Plan
@@ -76,11 +76,6 @@ def test_how_far_a_value_lies_beyond_random_draws() -> None:
     assert found.value == pytest.approx(0.6) and found.n == 3
     assert found.high - found.value == pytest.approx(4.302653 * 0.2 * math.sqrt(4 / 3), rel=1e-5)
     assert beyond(0.5, [0.2]).low == -math.inf
-
-
-def test_the_lesser_of_two_figures_is_large_where_both_are() -> None:
-    both = lesser(Estimate(0.3, 0.1, 0.5, 4, "a"), Estimate(0.2, 0.15, 0.25, 6, "b"))
-    assert (both.value, both.low, both.high, both.n) == (0.2, 0.1, 0.25, 4)
 
 
 def test_the_area_is_the_mean_height_up_to_all_points() -> None:

@@ -655,6 +655,7 @@ def test_a_method_without_donors_says_why(name: str) -> None:
     with pytest.raises(UserError) as error:
         override(method, ["donors=true"])
     kind = type(method)
+    # Methods without the setting say why in an attribute that the contract does not ask for.
     assert str(error.value) == f"{kind.__name__.lower()} has no setting 'donors': {kind.lacks['donors']}"  # type: ignore[attr-defined]
     told = {
         "trajectory": "through whole trainings of experts, which blend them",

@@ -200,6 +200,21 @@ def test_as_many_measurements_as_the_error_asks_for() -> None:
     assert again == found
 
 
+def test_no_measurement_is_made_twice() -> None:
+    """Each moment has its first ones, then those that follow: one taken again would count as news."""
+    moments = tuple(range(0, 30, 3))
+    met: list[tuple[int, int]] = []
+    plain = noisy(KEY.fold("twice"), 20.0)
+
+    def measure(i: int, t: int) -> float:
+        met.append((i, t))
+        return plain(i, t)
+
+    found = curve(measure, moments, 7, 0.05, 25)
+    expected = {(i, t) for one, t in zip(found, moments, strict=True) for i in range(one.measurements)}
+    assert len(met) == len(expected) and set(met) == expected
+
+
 def test_neighbours_help_each_other_where_the_trace_bends_smoothly() -> None:
     off, stated = [], []
     for repeat in range(20):

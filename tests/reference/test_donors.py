@@ -106,6 +106,7 @@ def test_dms_step_without_an_image_is_what_the_others_gave() -> None:
             rest = [i for i in members if i != left_out]
             target = features(params, data.images[rest]).mean(0)
             leaf = images[c].clone().requires_grad_()
+            # torch's own method has no types.
             (target - features(params, leaf).mean(0)).square().sum().backward()  # type: ignore[no-untyped-call]
             assert leaf.grad is not None
             for j in range(IPC):

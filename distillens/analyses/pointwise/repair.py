@@ -32,7 +32,7 @@ from distillens.core.labels import Targets
 from distillens.core.palette import colour
 from distillens.core.ranks import rank_correlation
 from distillens.core.recipe import Recipe
-from distillens.core.result import Claim, Estimate, Result, Table, paired
+from distillens.core.result import Claim, Estimate, Result, Table, paired, weaker
 from distillens.core.rng import Key
 from distillens.nets.convnet import ConvNet
 from distillens.runs import Runs
@@ -397,18 +397,6 @@ def beyond(value: float, draws: Sequence[float]) -> Estimate:
     return Estimate(value - centre, value - centre - half, value - centre + half, n, DRAW)
 
 
-def lesser(first: Estimate, second: Estimate) -> Estimate:
-    """The lesser of two figures that both have to be large: its ends are the lesser ends."""
-    unit = f"{first.unit}; {second.unit}"
-    return Estimate(
-        min(first.value, second.value),
-        min(first.low, second.low),
-        min(first.high, second.high),
-        min(first.n, second.n),
-        unit,
-    )
-
-
 def area(curve: torch.Tensor, sizes: Sequence[int], points: int, whole: torch.Tensor) -> torch.Tensor:
     """The mean height [...] of accuracies [..., sizes] from the smallest size to all points, where it is ``whole`` [...]."""
     at = torch.tensor([*sizes, points], dtype=torch.float64)
@@ -457,8 +445,8 @@ class RepairResult(Result):
         return beyond(weak, draws)
 
     def both(self, name: str, policy: str) -> Estimate:
-        """The lesser of the two: a repair of the weakest has to bring both."""
-        return lesser(self.gain(name, policy), self.beyond_random(name, policy))
+        """The weaker of the two: a repair of the weakest has to bring both."""
+        return weaker("greater", self.gain(name, policy), self.beyond_random(name, policy))
 
     def areas(self, name: str) -> torch.Tensor:
         """The mean accuracy along each order, from the smallest size to all points, [2 + draws, fresh]."""

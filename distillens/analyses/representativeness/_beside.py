@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -42,17 +41,6 @@ def _drawn(sets: Sets, data: Dataset, key: Key) -> tuple[Dataset, ...]:
     replicates = sets.everything().values()
     per_class = max(1, round(next(iter(replicates))[0].ipc))
     return tuple(data.take(data.drawn(per_class, key.fold(r))) for r in range(max(map(len, replicates))))
-
-
-def weaker(direction: Literal["greater", "less"], first: Estimate, second: Estimate) -> Estimate:
-    """Of two contrasts that must both hold the one that says less for the claim.
-
-    The claim is then supported where both are, at the level of each: a test of a union of nulls by the
-    intersection of their rejections (Berger 1982) needs no correction.
-    """
-    if direction == "greater":
-        return min(first, second, key=lambda one: (one.low, one.value))
-    return max(first, second, key=lambda one: (one.high, one.value))
 
 
 def of_test(real: Splits, count: int, key: Key) -> Dataset:

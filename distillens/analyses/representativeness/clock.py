@@ -18,7 +18,6 @@ from distillens.analyses.representativeness._beside import (
     sooner,
     unseen,
     updates,
-    weaker,
 )
 from distillens.analyses.representativeness._drawing import axis_of_updates, dashes, legend_above, tint
 from distillens.analyses.representativeness._instruments import (
@@ -42,7 +41,7 @@ from distillens.core.contracts import Net, Sets
 from distillens.core.dataset import Dataset, Splits
 from distillens.core.ranks import rank_correlation
 from distillens.core.recipe import Recipe
-from distillens.core.result import Claim, Estimate, Result, Table, units
+from distillens.core.result import Claim, Estimate, Result, Table, units, weaker
 from distillens.core.rng import Key
 from distillens.nets.convnet import ConvNet
 from distillens.runs import Runs

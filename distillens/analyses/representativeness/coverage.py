@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 
-from distillens.analyses.representativeness._beside import SEEN, UNSEEN, weaker
+from distillens.analyses.representativeness._beside import SEEN, UNSEEN
 from distillens.analyses.representativeness._drawing import legend_above
 from distillens.analyses.representativeness._trajectory import (
     TRAJECTORIES,
@@ -23,7 +23,7 @@ from distillens.core.contracts import Net, Sets
 from distillens.core.dataset import Dataset, Splits
 from distillens.core.palette import colour
 from distillens.core.recipe import Recipe
-from distillens.core.result import Claim, Estimate, Result, Table, units
+from distillens.core.result import Claim, Estimate, Result, Table, units, weaker
 from distillens.core.rng import Key
 from distillens.nets.convnet import ConvNet
 from distillens.runs import Runs

@@ -21,7 +21,6 @@ from distillens.analyses.representativeness._beside import (
     sooner,
     unseen,
     updates,
-    weaker,
 )
 from distillens.analyses.representativeness._drawing import axis_of_updates, dashes, legend_above, tint
 from distillens.analyses.representativeness._trajectory import (
@@ -35,7 +34,7 @@ from distillens.core.checks import UserError, at_least
 from distillens.core.contracts import Net, Sets
 from distillens.core.dataset import Dataset, Splits
 from distillens.core.recipe import Recipe
-from distillens.core.result import Claim, Estimate, Result, Table, paired, units
+from distillens.core.result import Claim, Estimate, Result, Table, paired, units, weaker
 from distillens.core.rng import Key
 from distillens.nets.convnet import ConvNet
 from distillens.runs import Runs
