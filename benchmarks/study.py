@@ -98,6 +98,7 @@ def collect(folder: Path) -> dict[str, Any]:
         # A study that was stopped and went on has no time of its own.
         "seconds": None if timing.get("resumed") else round(timing["seconds"]),
         "forecast_seconds": round(timing["forecast"]),
+        "seconds_by": {what: round(took, 1) for what, took in timing["by"].items()},
         "sets": sets,
         "sizes": sizes,
         "scaled": about["scaled"],

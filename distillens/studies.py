@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -452,16 +453,33 @@ def study(
             announce(f"{cost.text()} ({runs.engine.workers} worker{'s' if runs.engine.workers > 1 else ''})")
             begun, resumed = time.monotonic(), (to / "study.json").is_file()
             write_json(to / "study.json", _about(wanted, cost, {}))
-            _distil(wanted, to, runs, tell)
+            took = Took()
+            with took.by("sets"):
+                _distil(wanted, to, runs, tell)
             everything = {ipc: _sets(wanted, to, ipc) for ipc in wanted.ipc}
-            _train(wanted, everything, runs, tell)
-            _analyse(wanted, everything, to, runs, tell)
+            with took.by("models for all questions"):
+                _train(wanted, everything, runs, tell)
+            _analyse(wanted, everything, to, runs, tell, took)
             write_json(to / "study.json", _about(wanted, cost, everything))
             # Times are not part of what a study ends in: they would change its bytes.
-            took = {"forecast": cost.seconds, "seconds": time.monotonic() - begun, "resumed": resumed}
-            write_json(to / "timing.json", took)
+            whole = {"forecast": cost.seconds, "seconds": time.monotonic() - begun, "resumed": resumed}
+            write_json(to / "timing.json", whole | {"by": took.seconds})
         sweep(to)
         return pipeline.write_report(to)
+
+
+@dataclass(frozen=True)
+class Took:
+    """Seconds by what they went to: what a session that went on did itself, an analysis summed over sizes."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def by(self, what: str) -> Iterator[None]:
+        """Put what happens within down to ``what``."""
+        begun = time.monotonic()
+        yield
+        self.seconds[what] = self.seconds.get(what, 0.0) + time.monotonic() - begun
 
 
 def folder_of(order: Order) -> str:
@@ -538,15 +556,18 @@ def _train(wanted: Study, everything: Mapping[int, Sets], runs: Runs, tell: Tell
     runs.make(trainings, report=lambda done, total: tell("training models for all questions", done, total))
 
 
-def _analyse(wanted: Study, everything: Mapping[int, Sets], to: Path, runs: Runs, tell: Tell) -> None:
+def _analyse(
+    wanted: Study, everything: Mapping[int, Sets], to: Path, runs: Runs, tell: Tell, took: Took
+) -> None:
     total = sum(len(wanted.questions(ipc)) for ipc in everything)
     done = 0
     found: list[tuple[str, Claim]] = []
     for ipc, sets in everything.items():
-        for question in wanted.questions(ipc):
+        for name, question in zip(wanted.asked, wanted.questions(ipc), strict=True):
             key = analysis_key(wanted.seed)
-            seen = shown_to(question, sets, wanted.real, runs, key)
-            result: Result = question(seen, wanted.real, runs, key=key)
+            with took.by(name):
+                seen = shown_to(question, sets, wanted.real, runs, key)
+                result: Result = question(seen, wanted.real, runs, key=key)
             result.save(to / "results" / f"ipc{ipc}", {"ipc": ipc, "settings": describe(question)})
             found += [(result.analysis, one) for one in result.claims()]
             done += 1

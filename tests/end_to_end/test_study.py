@@ -62,6 +62,13 @@ def test_a_finished_study_does_nothing_and_says_so(distillens, small_study: Path
     assert settled(small_study) == before
 
 
+def test_the_time_of_a_study_is_put_down_to_what_it_went_to(small_study: Path) -> None:
+    took = json.loads((small_study / "timing.json").read_text())
+    asked = json.loads((small_study / "study.json").read_text())["asked"]
+    assert set(took["by"]) == {"sets", "models for all questions", *asked}
+    assert 0.5 * took["seconds"] < sum(took["by"].values()) <= took["seconds"]
+
+
 def test_a_folder_of_other_settings_is_refused(distillens, small_study: Path, small: list[str]) -> None:
     other = distillens("study", "--to", small_study, *small, "--seed", "1")
     assert other.returncode == 2
