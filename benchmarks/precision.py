@@ -2,9 +2,11 @@
 
     python -m benchmarks.precision --data digits
     python -m benchmarks.precision --data parquet:cifar10/ --pairs 10
+    python -m benchmarks.precision --data parquet:cifar10/ --pairs 10 --question dm --set steps=60
+    python -m benchmarks.precision --data parquet:cifar10/ --pairs 10 --question dc --set steps=2 --set net.width=32
 
-Two questions. *training*: a network trained on a random real subset with a plan of ``precision`` bfloat16, beside one of
-the same subset and start in float32. *targets*: a set that DM distils with ``targets`` in bfloat16, beside one in
+*training*: a network trained on a random real subset with a plan of ``precision`` bfloat16, beside one of the same
+subset and start in float32. The name of a method: a set that it distils with ``targets`` in bfloat16, beside one in
 float32, each looked at by a network that is trained in float32. Predictions are always made in float32.
 
 What is found here may settle a default: it is the validation split that is predicted, and the test split is not touched.
@@ -18,18 +20,16 @@ cut off goes on.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import environment
 from distillens import DistilledDataset, Key, Recipe, load, pipeline
-from distillens.core.config import override
 from distillens.core.dataset import Splits
 from distillens.core.result import Estimate
 from distillens.core.storage import read_json, write_json
-from distillens.distillers.dm import DM
 from distillens.engine.plan import Plan
 from distillens.engine.workers import settle_process
 from distillens.nets import default_net
@@ -42,47 +42,39 @@ MARGIN = (
 )
 FEWEST = 10  # pairs, before which nothing is said
 IPC = 10
+STEPS = 300  # of the networks that look at a set
 
 
-def judged(points: DistilledDataset, real: Splits, plan: Plan, key: Key, steps: int) -> float:
+def judged(points: DistilledDataset, real: Splits, plan: Plan, key: Key) -> float:
     """Validation accuracy of a network trained on a set by a plan, looked at in float32."""
-    training = Training(
-        points.dataset(), default_net(real.train), Recipe(steps=steps, lr=0.01, momentum=0.9), (key,)
-    )
-    population = train(training, plan)
+    net, recipe = default_net(real.train), Recipe(steps=STEPS, lr=0.01, momentum=0.9)
+    population = train(Training(points.dataset(), net, recipe, (key,)), plan)
     with plan.pinned():
         return float(population.accuracy(real.val)[0])
 
 
-def training(real: Splits, plan: Plan, pair: int, steps: int) -> tuple[float, float]:
+def training(real: Splits, plan: Plan, pair: int) -> tuple[float, float]:
     """Accuracy after training in float32, and in bfloat16."""
     points = pipeline.distill("random_subset", real, ipc=IPC, replicate=pair)
     first, second = (
-        judged(points, real, replace(plan, precision=precision), Key(0, ("precision", pair)), steps)
+        judged(points, real, replace(plan, precision=precision), Key(0, ("precision", pair)))
         for precision in ("float32", "bfloat16")
     )
     return first, second
 
 
-def targets(real: Splits, plan: Plan, pair: int, steps: int) -> tuple[float, float]:
-    """Accuracy by a set of DM that followed float32 targets, and by one that followed bfloat16's."""
-    method = override(DM.defaults(real.train, IPC), [f"steps={steps}"])
-    order = replace(pipeline.order("dm", real, IPC, replicate=pair), distiller=method)
-    problem = order.problem(real.train, {})
+def targets(real: Splits, plan: Plan, pair: int, name: str, settings: Sequence[str]) -> tuple[float, float]:
+    """Accuracy by a set of a method that followed float32 targets, and by one that followed bfloat16's."""
+    order = pipeline.order(name, real, IPC, replicate=pair, settings=settings)
+    method, problem = order.distiller, order.problem(real.train, {})
     found = []
     for kind in ("float32", "bfloat16"):
         with replace(plan, targets=kind).pinned():
             state = method.start(problem)
             for i in range(method.steps):
                 state, _ = method.step(problem, state, i)
-        found.append(judged(method.finish(problem, state), real, plan, Key(0, ("precision", pair)), 300))
+        found.append(judged(method.finish(problem, state), real, plan, Key(0, ("precision", pair))))
     return found[0], found[1]
-
-
-QUESTIONS: dict[str, Callable[[Splits, Plan, int, int], tuple[float, float]]] = {
-    "training": training,
-    "targets": targets,
-}
 
 
 def verdict(differences: list[float]) -> dict[str, Any]:
@@ -94,7 +86,7 @@ def verdict(differences: list[float]) -> dict[str, Any]:
     return {"difference": asdict(mean), "same": within if settled else None}
 
 
-def main(spec: str, question: str, pairs: int, steps: int) -> None:
+def main(spec: str, question: str, pairs: int, settings: Sequence[str]) -> None:
     settle_process()
     real = load(spec)
     plan = chosen_plan(real, precision="float32")
@@ -103,7 +95,8 @@ def main(spec: str, question: str, pairs: int, steps: int) -> None:
     name = {
         "question": question,
         "data": kind + colon + Path(place).name,  # where the folder lies is nobody's business
-        "steps": steps,
+        "settings": list(settings),
+        "steps": STEPS,
         "net": str(default_net(real.train)),
     }
     row = next((one for one in saved["rows"] if name.items() <= one.items()), None)
@@ -111,7 +104,10 @@ def main(spec: str, question: str, pairs: int, steps: int) -> None:
         row = name | {"float32": [], "bfloat16": []}
         saved["rows"].append(row)
     for pair in range(len(row["float32"]), pairs):
-        first, second = QUESTIONS[question](real, plan, pair, steps)
+        if question == "training":
+            first, second = training(real, plan, pair)
+        else:
+            first, second = targets(real, plan, pair, question, settings)
         row["float32"].append(first)
         row["bfloat16"].append(second)
         if pair:
@@ -124,8 +120,12 @@ def main(spec: str, question: str, pairs: int, steps: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", default="digits")
-    parser.add_argument("--question", choices=[*QUESTIONS], default="training")
+    parser.add_argument(
+        "--question", default="training", help="training, or the method whose targets are rounded"
+    )
     parser.add_argument("--pairs", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=300, help="of the training, or of DM")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="settings of the method"
+    )
     asked = parser.parse_args()
-    main(asked.data, asked.question, asked.pairs, asked.steps)
+    main(asked.data, asked.question, asked.pairs, asked.set)

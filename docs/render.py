@@ -332,15 +332,16 @@ def precision_table() -> str:
     """Validation accuracy in bfloat16 less that in float32, by what is in bfloat16."""
     saved = json.loads((RESULTS / "precision.json").read_text())
     lines = [
-        "| in bfloat16 | data | steps | float32 | bfloat16 | difference, 90 % interval | n pairs | same |",
+        "| in bfloat16 | data | settings | float32 | bfloat16 | difference, 90 % interval | n pairs | same |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in saved["rows"]:
         means = (f"{sum(row[kind]) / len(row[kind]):.4f}" for kind in ("float32", "bfloat16"))
         same = {True: "yes", False: "no", None: "not settled"}[row["same"]]
-        about = {"training": "training", "targets": "what DM follows"}[row["question"]]
+        about = "training" if row["question"] == "training" else f"what {row['question']} follows"
         difference = _estimate(row["difference"], 4, sign=True)
-        cells = (about, row["data"], str(row["steps"]), *means, difference, str(len(row["float32"])), same)
+        settings = " ".join(f"`{one}`" for one in row["settings"])
+        cells = (about, row["data"], settings, *means, difference, str(len(row["float32"])), same)
         lines.append(f"| {' | '.join(cells)} |")
     e = saved["rows"][-1]["environment"]
     lines += ["", f"Margin {saved['margin']}, fixed beforehand; torch {e['torch']}, commit {e['commit']}."]
