@@ -10,6 +10,7 @@
     python benchmarks/study.py cifar10 runs/cifar10   # from a folder that a study has finished: cifar10.sh
     python benchmarks/study.py paper_cifar10 study    # likewise: paper_cifar10.sh
     python benchmarks/study.py representativeness_cifar10 study    # likewise: representativeness_cifar10.sh
+    python benchmarks/study.py pointwise_cifar10 pointwise         # likewise: pointwise_cifar10.sh
 
 The JSON is what README and docs quote: docs/render.py writes it into them.
 """

@@ -407,6 +407,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "representativeness cifar10": lambda: claims_table("representativeness_cifar10"),
     "pointwise trust": lambda: trust_table("pointwise"),
     "pointwise claims": lambda: claims_table("pointwise"),
+    "pointwise cifar10": lambda: claims_table("pointwise_cifar10"),
     "analyses cost": cost_table,
     "paper digits": lambda: paper_table("paper"),
     "paper cifar10": lambda: paper_table("paper_cifar10"),
