@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from scipy.stats import beta, norm, t
 
 from distillens.analyses.pointwise import semantics as module
@@ -372,6 +375,54 @@ def test_tables_hold_the_same_figures(known: SemanticsResult) -> None:
         ("size", "small 0.27, big 0.73", "0.90"),
         ("light", "on 0.50, off 0.50", "1.00"),
     )
+
+
+def drawn(draw: Callable[[Axes], None]) -> Axes:
+    figure = Figure()
+    FigureCanvasAgg(figure)
+    ax = figure.add_subplot()
+    draw(ax)
+    return ax
+
+
+def test_figures_show_the_same_figures(known: SemanticsResult) -> None:
+    shares, attributes, _ = known.panels().values()
+    ax = drawn(shares)
+    assert [bar.get_height() for bar in ax.patches] == pytest.approx([4 / 9, 1 / 9])
+    assert [text.get_text() for text in ax.texts] == ["p = 0.025", "p = 0.2"]
+    for bars in ax.collections:  # 95 % of the shuffles
+        assert [tuple(segment[:, 1]) for segment in bars.get_segments()] == [pytest.approx((0, 1 / 9))]
+    ax = drawn(attributes)
+    assert ax.images[0].get_array().tolist() == [pytest.approx([3 / 9, 2 / 9]), pytest.approx([0, 1 / 9])]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["size", "light"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", RANDOM]
+
+
+def test_the_strongest_points_stand_beside_the_images_that_they_help(known: SemanticsResult) -> None:
+    """Levels of grey say which image is where: a row a point, a gap of half an image, its images in order."""
+    levels = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]])
+    tiles = levels[..., None, None, None].expand(2, 3, 1, 4, 4)
+    shown = {name: torch.tensor([4, 3]) for name in known.labels}
+    result = replace(
+        known,
+        strongest=shown,
+        points=dict.fromkeys(shown, tiles[:, 0]),
+        helped=dict.fromkeys(shown, tiles[:, 1:]),
+    )
+    ax = drawn(list(result.panels().values())[2])
+    canvas = torch.tensor(ax.images[0].get_array())
+    for row, across in enumerate(levels.tolist()):
+        for left, level in zip((0, 7, 12), across, strict=True):
+            assert canvas[5 * row : 5 * row + 4, left : left + 4].unique().tolist() == pytest.approx([level])
+    strong, weak = (text.get_text().splitlines() for text in ax.texts)
+    assert strong == ["point 4, dog", "light: on  x2.0, repeats"]
+    assert weak[0] == "point 3, dog"
+    assert weak[1].endswith("(no finding)")
+
+
+def test_settings_go_with_the_size_of_the_data(digits: Splits, like_cifar: Dataset) -> None:
+    assert (Semantics.defaults(digits.train).top, Semantics.defaults(like_cifar).top) == (15, 50)
+    assert (Semantics.defaults(like_cifar).inits, Semantics.as_published(like_cifar).inits) == (3, 2)
 
 
 def test_more_draws_than_there_are_images_with_the_word_are_no_lift() -> None:
