@@ -37,8 +37,8 @@ LEVELS = 32  # of the histogram that a threshold is sought on
 class Measure:
     """One attribute: its words, what it is measured on, and how.
 
-    ``of`` gives for pixels [n, c, h, w] a number each, which is cut into the words at equal shares of other images, or, where ``cut``
-    is not set, the word's place itself; NaN where it is not known.
+    ``of`` gives for pixels [n, c, h, w] a number each, NaN where it is not known, which is cut into the words at equal shares of other
+    images; or, where ``cut`` is not set, the word's place itself.
     """
 
     words: tuple[str, ...]
@@ -86,7 +86,7 @@ class Vision:
         for name in chosen:
             measure = MEASURES[name]
             values = measured(measure, data)
-            columns.append(thirds(values, measured(measure, fit)) if measure.cut else _places(values))
+            columns.append(thirds(values, measured(measure, fit)) if measure.cut else values.long())
         words = {name.replace("_", " "): MEASURES[name].words for name in chosen}
         return Attributes(words, torch.stack(columns, 1))
 
@@ -104,10 +104,6 @@ def thirds(values: torch.Tensor, fit: torch.Tensor) -> torch.Tensor:
         return torch.full(values.shape, MISSING)
     edges = torch.quantile(known, torch.tensor([1 / 3, 2 / 3], dtype=known.dtype))
     return torch.where(values.isfinite(), torch.bucketize(values.nan_to_num(), edges), MISSING)
-
-
-def _places(values: torch.Tensor) -> torch.Tensor:
-    return torch.where(values.isfinite(), values.nan_to_num(), MISSING).long()
 
 
 def _luma(x: torch.Tensor) -> torch.Tensor:

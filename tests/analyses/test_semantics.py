@@ -8,23 +8,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from distillens.analyses.pointwise.semantics import (
-    Semantics,
-    SemanticsResult,
-    base_counts,
-    detectable,
-    difference_of_shares,
-    enriched,
-    findings,
-    most_helped,
-    tails,
-)
+from distillens.analyses.pointwise._detectable import detectable
+from distillens.analyses.pointwise._enrichment import Enrichment, findings, tails
+from distillens.analyses.pointwise._most_helped import all_counts, base_counts, by_class, most_helped
+from distillens.analyses.pointwise._shares import difference_of_shares
+from distillens.analyses.pointwise._shuffled_words import shuffled
+from distillens.analyses.pointwise.semantics import Semantics, SemanticsResult
 from distillens.attributes import Attributes, fingerprints
 from distillens.attributes.clip import Clip
 from distillens.attributes.labels import Labels
@@ -71,6 +67,25 @@ def influences(key: Key, points: int = POINTS, classes: int = CLASSES, images: i
     return hard + own + init
 
 
+def enriched(
+    effect: torch.Tensor,
+    labels: torch.Tensor,
+    classes: torch.Tensor,
+    attributes: Attributes,
+    top: int,
+    rate: float,
+    shuffles: int,
+    key: Key,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Counts and what shuffles find, for influences [inits, P, n]; without any shuffle, nothing."""
+    k = int(classes.max()) + 1
+    parts = by_class(effect, labels, classes, attributes, top)
+    sizes, base = torch.bincount(classes, minlength=k), base_counts(attributes, classes, k)
+    tests = Enrichment.of(sizes, base, labels, top, rate)
+    null = shuffled(parts, tests, shuffles, key) if shuffles else torch.zeros(1, 3, dtype=torch.int32)
+    return all_counts(parts), null
+
+
 def answer(
     sets: dict[str, torch.Tensor], attributes: Attributes, key: Key, shuffles: int = SHUFFLES, top: int = TOP
 ) -> SemanticsResult:
@@ -93,8 +108,8 @@ def answer(
         known=(1.0,) * len(attributes.words),
         top=top,
         rate=RATE,
-        counts={name: one["counts"] for name, one in counted.items()},
-        shuffled={name: one["shuffled"] for name, one in counted.items()},
+        counts={name: counts for name, (counts, _) in counted.items()},
+        shuffled={name: null for name, (_, null) in counted.items()},
         labels=dict.fromkeys(sets, labels),
         strongest=dict.fromkeys(sets, torch.zeros(1, dtype=torch.long)),
         points=dict.fromkeys(sets, picture),
@@ -136,7 +151,7 @@ def test_counts_are_those_of_a_slow_loop() -> None:
     labels = torch.arange(CLASSES).repeat_interleave(POINTS)
     order = key.fold("order").permutation(len(classes))  # images of a class need not stand together
     attributes = Attributes(attributes.words, attributes.values[order])
-    found = enriched(effect, labels, classes[order], attributes, TOP, RATE, 100, key)["counts"]
+    found = enriched(effect, labels, classes[order], attributes, TOP, RATE, 100, key)[0]
     for half, inits in enumerate(([0, 1, 2, 3], [0, 2], [1, 3])):
         for j in range(len(labels)):
             own = [i for i in range(len(classes)) if classes[order][i] == labels[j]]
@@ -156,14 +171,14 @@ def test_shuffled_attributes_find_what_the_same_pipeline_finds_on_them() -> None
     turned = key.fold("turn").permutation(len(labels))
     one = enriched(effect, labels, classes, attributes, TOP, 0.3, 400, key)
     other = enriched(effect[:, turned], labels[turned], classes, attributes, TOP, 0.3, 400, key)
-    assert torch.equal(one["counts"][:, turned], other["counts"])
-    assert torch.equal(one["shuffled"], other["shuffled"])
+    assert torch.equal(one[0][:, turned], other[0])
+    assert torch.equal(one[1], other[1])
     # Shuffling the table and asking is one more shuffle: its findings lie among the others.
     moved = torch.cat([c * IMAGES + key.fold("by hand", c).permutation(IMAGES) for c in range(CLASSES)])
     by_hand = [
         int(
             answer({"a": effect}, Attributes(attributes.words, attributes.values[moved.roll(0)[m]]), key)
-            .found("a")[0]
+            .found["a"][0]
             .sum()
         )
         for m in [
@@ -171,7 +186,7 @@ def test_shuffled_attributes_find_what_the_same_pipeline_finds_on_them() -> None
             for i in range(60)
         ]
     ]
-    null = enriched(effect, labels, classes, attributes, TOP, RATE, 1000, key)["shuffled"][:, 0].double()
+    null = enriched(effect, labels, classes, attributes, TOP, RATE, 1000, key)[1][:, 0].double()
     error = float(null.std()) / 60**0.5
     assert abs(sum(by_hand) / 60 - float(null.mean())) < 4 * error + 0.05
 
@@ -215,12 +230,18 @@ def planted(i: int) -> tuple[dict[str, torch.Tensor], Attributes, torch.Tensor]:
     return {"a": effect}, both, truth
 
 
+@cache
+def of_planted(i: int) -> tuple[SemanticsResult, torch.Tensor]:
+    """What is found of a plant, and the truth: two tests look at the same repetitions."""
+    sets, attributes, truth = planted(i)
+    return answer(sets, attributes, SEED.fold("plant shuffles", i)), truth
+
+
 def test_a_planted_attribute_is_found_and_nothing_else_at_the_stated_rate() -> None:
     false_share, found_share, claimed, repeated = [], [], 0, []
     for i in range(REPETITIONS):
-        sets, attributes, truth = planted(i)
-        result = answer(sets, attributes, SEED.fold("plant shuffles", i))
-        found, both = result.found("a")
+        result, truth = of_planted(i)
+        found, both = result.found["a"]
         false_share.append(float((found & ~truth).sum()) / max(1, int(found.sum())))
         found_share.append(float((found & truth).sum() / truth.sum()))
         repeated.append(float((both & truth).sum() / (found & truth).sum().clamp(min=1)))
@@ -238,7 +259,7 @@ def test_without_a_plant_no_more_is_found_than_the_rate_allows() -> None:
     for i in range(DRAWS):
         key = SEED.fold("null", i)
         result = answer({"a": influences(key, points=4)}, noisy(key), key)
-        any_found += bool(result.found("a")[0].any())
+        any_found += bool(result.found["a"][0].any())
         alarms += result.claims()[0].verdict == "supported"
         small.append(result.chance("a"))
     assert any_found <= ALARMS
@@ -263,7 +284,7 @@ def test_real_points_in_a_sets_place_are_no_more_semantic_than_real_points() -> 
         key = SEED.fold("real null", i)
         attributes = noisy(key)
         sets = {name: with_words(key.fold(name), attributes, 0.5, 4) for name in ("a", RANDOM)}
-        claim = answer(sets, attributes, key).claims()[1]
+        claim = answer(sets, attributes, key, shuffles=0).claims()[1]  # it looks at none
         assert claim.name == "more semantics than real points"
         alarms += claim.verdict == "supported"
     assert alarms <= ALARMS
@@ -275,22 +296,21 @@ def test_points_that_help_images_of_a_word_are_told_from_real_ones() -> None:
         key = SEED.fold("real plant", i)
         attributes = noisy(key)
         sets = {"a": with_words(key, attributes, 1.0, POINTS), RANDOM: influences(key.fold("real"))}
-        supported += answer(sets, attributes, key).claims()[1].verdict == "supported"
+        supported += answer(sets, attributes, key, shuffles=0).claims()[1].verdict == "supported"
     assert supported == 20
 
 
 def test_intervals_of_lifts_hold_the_truth_after_selection() -> None:
     """Of the findings' lifts at most 5 % miss the true one, on average over repetitions (false coverage)."""
-    missed = []
+    missed, true_lift = [], _true_lifts()
     for i in range(REPETITIONS):
-        sets, attributes, truth = planted(i)
-        result = answer(sets, attributes, SEED.fold("plant shuffles", i))
-        found, _ = result.found("a")
+        result, truth = of_planted(i)
+        found, _ = result.found["a"]
         # What a list of the 15 largest of 45 holds on average, over many draws of the noise.
         wrong = 0
         for point, word in found.nonzero().tolist():
             lift = result.lift("a", point, word)
-            true = TRUE_LIFT[attributes.each[word][1]] if truth[point, word] else 1.0
+            true = true_lift[result.words[word][1]] if truth[point, word] else 1.0
             wrong += not lift.low <= true <= lift.high
         missed.append(wrong / max(1, int(found.sum())))
     assert sum(missed) / REPETITIONS <= 0.05
@@ -309,9 +329,6 @@ def _true_lifts() -> dict[str, float]:
                 float(has[lists[point]].double().mean()) * IMAGES / int(has[:IMAGES].sum())
             )
     return {name: sum(values) / len(values) for name, values in shares.items()}
-
-
-TRUE_LIFT = _true_lifts()
 
 
 # End to end, on real digits with tiny networks.
@@ -362,7 +379,7 @@ def test_the_corner_is_found_end_to_end(
     """By real networks and a file of attributes, beside four attributes of no meaning that are drawn 20 times."""
     real, distilled, marked = cornered
     sets = Sets({"a": (distilled,)}, {RANDOM: (subset(real, SEED.fold("real"), PER_CLASS),)})
-    runs, path = Runs(Plan()), tmp_path / "attributes.csv"
+    runs, path = Runs(Plan(chunk=20)), tmp_path / "attributes.csv"
     semantics = Semantics(NET, inits=4, source=Labels(str(path)), top=15, shuffles=200)
     truth, false_share = {(0, "corner", "red"), (1, "corner", "plain")}, []
     for draw in range(20):
@@ -374,7 +391,7 @@ def test_the_corner_is_found_end_to_end(
         head = ["fingerprint", "corner", *(f"other {a}" for a in range(4))]
         path.write_text("\n".join(",".join(row) for row in [head, *rows]), encoding="utf-8")
         result = semantics(sets, real, runs, key=SEED)
-        found, both = result.found("a")
+        found, both = result.found["a"]
         names = {(point, *result.words[word]) for point, word in found.nonzero().tolist()}
         assert truth <= names
         false_share.append(len(names - truth) / len(names))

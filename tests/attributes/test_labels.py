@@ -41,6 +41,23 @@ def test_rows_find_their_images_by_what_is_on_them(digits: Splits, tmp_path: Pat
     assert torch.equal(found.values[:, 0], order % 2)
 
 
+def test_two_equal_images_share_a_row(three: Dataset, tmp_path: Path) -> None:
+    twice = three.take(torch.tensor([0, 1, 0]))
+    path = tmp_path / "attributes.csv"
+    one, other, _ = fingerprints(twice)
+    path.write_text(f"fingerprint,a\n{one},x\n{other},y\n", encoding="utf-8")
+    assert Labels(str(path))(twice, twice).values.tolist() == [[0], [1], [0]]
+
+
+def test_a_file_as_spreadsheets_write_it_is_read(three: Dataset, tmp_path: Path) -> None:
+    """A byte order mark, spaces around cells, commas too many, a short line."""
+    path = tmp_path / "attributes.csv"
+    path.write_text("\ufeffimage,a,b,\n0, x ,u,\n1,y,v ,,,\n2,x\n", encoding="utf-8")
+    found = Labels(str(path))(three, three)
+    assert found.words == {"a": ("x", "y"), "b": ("u", "v")}
+    assert found.values.tolist() == [[0, 0], [1, 1], [0, -1]]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +23,7 @@ from distillens.core.checks import UserError
 from distillens.core.dataset import Dataset
 from distillens.core.labels import Hard
 from distillens.core.rng import Key
-from distillens.core.space import Pixel
+from distillens.core.space import Pixel, Standardised
 
 BACKGROUND = Question("background", "What is behind it?", (("sky", "clouds"), ("grass", "green lawn")))
 
@@ -46,6 +48,10 @@ def colours(count: int, channels: int = 3) -> Dataset:
 )
 def test_a_free_answer_falls_into_the_closed_set(said: str, place: int) -> None:
     assert BACKGROUND.place(said) == place
+
+
+def test_an_answer_may_be_written_in_capitals() -> None:
+    assert Question("a", "", (("TV", "Screen"), ("Sky",))).place("a screen below the sky") == 0
 
 
 def test_the_longer_of_two_words_at_one_place_counts() -> None:
@@ -141,7 +147,9 @@ def test_a_torn_line_is_no_answer(tmp_path: Path) -> None:
     path.write_bytes(whole[:-9])
     assert again(data, tmp_path, ("a",)) == said
     assert again.times == [("a", 1)]
-    assert Asked()(data, tmp_path, ("a",)) == said
+    third = Asked()
+    assert third(data, tmp_path, ("a",)) == said
+    assert third.times == []  # what followed the torn line stands on a line of its own
     assert [line for line in path.read_bytes().split(b"\n") if line][-1] == whole.split(b"\n")[-2]
 
 
@@ -194,6 +202,191 @@ def test_without_transformers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch
             UserError, match=r"needs transformers and Pillow.*pip install 'distillens\[semantics\]'"
         ):
             source(colours(2), colours(2))
+
+
+def test_pictures_are_what_a_person_sees() -> None:
+    """Rows, columns and channels in their places, clamped, the same in every space; one channel is shown as grey."""
+    data = colours(2)
+    images = data.images * 1.4 - 0.2  # distilled pixels leave [0, 1]
+    data = Dataset(images, data.labels, data.classes, data.space)
+    moved = data.to_space(Standardised((0.4, 0.5, 0.6), (0.2, 0.3, 0.4)))
+    for shown in (pictures(data), pictures(moved)):
+        for picture, image in zip(shown, images, strict=True):
+            assert picture.size == (12, 8)
+            for y, x in ((0, 0), (2, 7), (7, 3)):
+                for level, value in zip(picture.getpixel((x, y)), image[:, y, x].tolist(), strict=True):
+                    assert abs(level - 255 * min(1, max(0, value))) < 0.51
+    for picture in pictures(colours(2, channels=1)):
+        red, green, blue = picture.split()
+        assert red.tobytes() == green.tobytes() == blue.tobytes()
+
+
+def test_two_models_do_not_share_answers(tmp_path: Path) -> None:
+    first = _questions.Answers(tmp_path, "a", "q", "asked")
+    first.add({"image": "x"})
+    assert _questions.Answers(tmp_path, "a", "q", "asked").known == {"image": "x"}
+    assert _questions.Answers(tmp_path, "b", "q", "asked").known == {}
+    assert _questions.Answers(tmp_path, "a", "q", "other").known == {}
+
+
+def test_a_model_is_loaded_to_be_asked_and_draws_nothing_of_the_hosts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Layers that a checkpoint lacks are drawn when it is loaded; a fresh module is in training mode."""
+
+    def loaded(*_: Any, **__: Any) -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout())
+
+    kind = SimpleNamespace(from_pretrained=loaded)
+    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(AutoProcessor=kind, CLIPModel=kind))
+    before = torch.get_rng_state()
+    model, _ = _questions.from_transformers("name", "CLIPModel", "clip")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not any(part.training for part in model.modules())
+
+
+# In the models' place stand functions that are known: what is sent, what is read, and what is asked again.
+
+
+class Sent(dict[str, torch.Tensor]):
+    """A processor's batch."""
+
+    def to(self, _: Any) -> Sent:
+        return self
+
+
+class Directions:
+    """A CLIP model: every image lies in the first direction, each line of text where ``lines`` says."""
+
+    device = "cpu"
+
+    def __init__(self, lines: dict[str, tuple[float, float]]) -> None:
+        self.lines = lines
+        self.asked: list[str] = []
+
+    def __call__(self, text: Sequence[str] = (), images: Sequence[Any] = (), **_: Any) -> Sent:
+        self.asked += text
+        found = [self.lines.get(line, (0.0, 1.0)) for line in text] or [(2.0, 0.0)] * len(images)
+        return Sent(x=torch.tensor(found))
+
+    def get_text_features(self, x: torch.Tensor) -> Any:
+        return SimpleNamespace(pooler_output=x)
+
+    get_image_features = get_text_features
+
+
+@pytest.mark.parametrize(
+    ("near", "far"),
+    [
+        # Each wording is one vote, however long: the mean direction is at 45 degrees, of the lengths at 84.
+        (((1.0, 0.0), (0.0, 10.0)), ((0.6, 0.8),)),
+        # The mean's direction counts, not how far its wordings lie apart.
+        (((0.2, 0.98), (0.2, -0.98)), ((0.7, 0.7),)),
+    ],
+)
+def test_an_answer_of_several_wordings_is_their_mean_direction(
+    near: Sequence[tuple[float, float]],
+    far: Sequence[tuple[float, float]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines = {f"is {word}": place for word, place in zip("abc", (*near, *far), strict=True)}
+    model = Directions(lines)
+    monkeypatch.setattr(clip, "from_transformers", lambda *_: (model, model))
+    found = Clip("m", "first (is {}): c, a|b; second (is {}): a|b, c", 2, str(tmp_path))(
+        colours(3), colours(1)
+    )
+    assert found.words == {"first": ("c", "a"), "second": ("a", "c")}
+    assert found.values.tolist() == [[1, 0]] * 3
+    assert sorted(model.asked) == sorted(2 * ["is a", "is b", "is c"])  # once a question, not once a batch
+
+
+@pytest.mark.parametrize(
+    "other", [{"model": "n"}, {"prompts": "q (was {}): a|b, c"}, {"prompts": "q (is {}): a, c"}]
+)
+def test_clip_is_asked_again_where_anything_that_it_is_sent_is_another(
+    other: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Directions({})
+    monkeypatch.setattr(clip, "from_transformers", lambda *_: (model, model))
+    first = Clip("m", "q (is {}): a|b, c", 2, str(tmp_path))
+    for source, times in ((first, 1), (first, 1), (replace(first, **other), 2)):
+        source(colours(1), colours(1))
+        assert sum(line.endswith(" c") for line in model.asked) == times
+
+
+class Parrot:
+    """A language model that says how it was asked; tokens are characters, the first two of each line are marks."""
+
+    device = "cpu"
+    chat_template: str | None = None
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, int]] = []
+        self.settings: list[dict[str, Any]] = []
+
+    def __call__(self, images: Sequence[Any], text: Sequence[str], **_: Any) -> Sent:
+        assert len(images) == len(text)
+        self.asked.append((text[0], len(text)))
+        return Sent(input_ids=torch.tensor([[ord(mark) for mark in line] for line in text]))
+
+    def generate(self, input_ids: torch.Tensor, **settings: Any) -> torch.Tensor:
+        self.settings.append(settings)
+        said = "red" if "colour" in self.asked[-1][0] else "grass, no sky"
+        new = torch.tensor([ord(mark) for mark in f"##{said}"]).expand(len(input_ids), -1)
+        return torch.cat([input_ids, new], 1)
+
+    def batch_decode(self, tokens: torch.Tensor, skip_special_tokens: bool) -> list[str]:
+        lines = ["".join(map(chr, line)) for line in tokens.tolist()]
+        return [line.replace("#", "" if skip_special_tokens else "sky ") for line in lines]
+
+    def apply_chat_template(self, messages: list[Any], *, add_generation_prompt: bool, tokenize: bool) -> str:
+        assert add_generation_prompt
+        assert not tokenize
+        ((image, text),) = [message["content"] for message in messages]
+        assert image == {"type": "image"}
+        return f"<{messages[0]['role']}> {text['text']}"
+
+
+TWO = "place (What is there?): sky, grass; look (Which colour?): red, green"
+
+
+@pytest.mark.parametrize("template", [None, "one"])
+def test_a_language_model_is_sent_each_question_and_its_words_alone_are_read(
+    template: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Parrot()
+    model.chat_template = template
+    monkeypatch.setattr(vlm, "from_transformers", lambda *_: (model, model))
+    found = VLM("m", TWO, 5, 2, str(tmp_path))(colours(3), colours(1))
+    assert found.words == {"place": ("sky", "grass", "other"), "look": ("red", "green", "other")}
+    assert found.values.tolist() == [[1, 0]] * 3
+    sent = [
+        "What is there? Answer with one of these words: sky, grass, other.",
+        "Which colour? Answer with one of these words: red, green, other.",
+    ]
+    written = "<user> {}" if template else "USER: <image>\n{} ASSISTANT:"
+    assert model.asked == [(written.format(text), count) for count in (2, 1) for text in sent]
+    assert model.settings == [{"do_sample": False, "max_new_tokens": 5}] * 4
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"model": "n"},
+        {"tokens": 6},
+        {"questions": "place (What is here?): sky, grass; look (Which colour?): red, green"},
+    ],
+)
+def test_a_language_model_is_asked_again_where_anything_that_it_is_sent_is_another(
+    other: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Parrot()
+    monkeypatch.setattr(vlm, "from_transformers", lambda *_: (model, model))
+    first = VLM("m", TWO, 5, 2, str(tmp_path))
+    for source, times in ((first, 1), (first, 1), (replace(first, **other), 2)):
+        source(colours(1), colours(1))
+        assert sum("there" in text or "here" in text for text, _ in model.asked) == times
 
 
 # From here on with transformers: tiny random models, as the hub's are saved.
