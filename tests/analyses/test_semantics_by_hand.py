@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy.stats import beta, norm, t
 
+from distillens.analyses.pointwise import _shuffled_words
 from distillens.analyses.pointwise import semantics as module
 from distillens.analyses.pointwise._detectable import detectable
 from distillens.analyses.pointwise._enrichment import Enrichment
@@ -140,6 +141,7 @@ def test_the_analysis_is_that_of_a_slow_twin(planted: Splits, monkeypatch: pytes
         return population
 
     monkeypatch.setattr(module, "moved_losses", moved)
+    monkeypatch.setattr(_shuffled_words, "CELLS", 2000)  # so that shuffles are counted a few at a time
     asked = Semantics(
         inits=inits, source=Given(words, values, planted), top=top, rate=rate, shuffles=shuffles
     )
