@@ -12,6 +12,7 @@ from distillens.core.contracts import logits_of_many
 from distillens.core.dataset import Dataset
 from distillens.core.labels import Hard, Labels, Logits, Probabilities, Targets, restore_labels
 from distillens.train import Population
+from distillens.unroll import Adam
 
 TOGETHER = 1 << 19  # pixels of all images and models that one derivative takes: each is held with its graph
 LEAST = 1e-6  # a probability whose logarithm a label keeps
@@ -203,9 +204,9 @@ class Way:
 
     def better(self, data: Dataset, rows: torch.Tensor, steps: int, size: float) -> torch.Tensor:
         """The images of ``rows`` after some steps of Adam down the gap; ``size`` is Adam's rate."""
-        images, others = data.images[rows].clone(), self.others(data, rows)
-        optimiser = torch.optim.Adam([images], lr=size)
-        for _ in range(steps):
-            images.grad = self.gap(data, rows, images, others)[1]
-            optimiser.step()
-        return images
+        others, rule = self.others(data, rows), Adam()
+        state = rule.begin(data.images[rows])
+        rate = torch.tensor(size, dtype=data.images.dtype, device=data.device)
+        for step in range(steps):
+            state = rule.step(state, self.gap(data, rows, state[0], others)[1], rate, step)
+        return state[0]
