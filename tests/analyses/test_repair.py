@@ -13,18 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from distillens.analyses.pointwise._gradients import along, mean_gradients
 from distillens.analyses.pointwise._orders import by_ridge, in_rounds
-from distillens.analyses.pointwise._repairs import (
-    Way,
-    along,
-    as_table,
-    assigned,
-    foretold,
-    mean_gradients,
-    relabelled,
-)
+from distillens.analyses.pointwise._repair_estimates import area, beyond
+from distillens.analyses.pointwise._repair_relabel import as_table, foretold, relabelled
+from distillens.analyses.pointwise._repair_reoptimise import Way
+from distillens.analyses.pointwise._repair_replace import assigned
 from distillens.analyses.pointwise._retrained import without_each
-from distillens.analyses.pointwise.repair import POLICIES, Repair, RepairResult, area, beyond
+from distillens.analyses.pointwise.repair import POLICIES, Repair, RepairResult
 from distillens.core.artefact import DistilledDataset, Order
 from distillens.core.checks import UserError
 from distillens.core.contracts import Sets
