@@ -32,6 +32,7 @@ from distillens.core.labels import Hard, Labels, Logits, Probabilities, Targets,
 from distillens.core.recipe import Recipe
 from distillens.core.result import Estimate, paired
 from distillens.core.rng import Key
+from distillens.core.space import Pixel
 from distillens.core.storage import read_tensors
 from distillens.engine.plan import Plan
 from distillens.nets.convnet import ConvNet
@@ -41,7 +42,7 @@ from tests.analyses.by_hand import class_means, subset
 
 KEY = Key(77, ("repair",))
 SEED = Key(20261126)
-SHORT = Recipe(steps=60, lr=0.05)
+SHORT = Recipe(steps=40, lr=0.05)
 TINY = ConvNet(depth=2, width=8)
 QUICK = Repair(TINY, Recipe(steps=2), inits=1, fresh=1, draws=2, kept=(0.5,), pixel_steps=1)
 DRAWS, ALARMS = 1000, 70
@@ -263,7 +264,8 @@ def test_the_slope_of_the_gap_is_that_of_finite_differences(digits: Splits) -> N
 
 def test_the_whole_is_that_done_network_by_network_and_image_by_image(digits: Splits) -> None:
     """Which points are weak, each repair of each group, and the networks on the first of each order, without our layouts."""
-    one, recipe = subset(digits, KEY.fold("twin"), 2), Recipe(steps=6, lr=0.05)
+    real = digits.to_space(Pixel())  # a space in which the spread is not 1
+    one, recipe = subset(real, KEY.fold("twin"), 2), Recipe(steps=6, lr=0.05)
     analysis = Repair(
         TINY,
         recipe,
@@ -278,7 +280,7 @@ def test_the_whole_is_that_done_network_by_network_and_image_by_image(digits: Sp
         moments=3,
         pixel_steps=2,
     )
-    result = analysis(Sets({"a": (one,)}), digits, Runs(Plan()), key=KEY)
+    result = analysis(Sets({"a": (one,)}), real, Runs(Plan()), key=KEY)
     data, classes, place = one.dataset(), one.labels.hard(), KEY.fold("repair")
 
     def nets(data: Dataset, keys: Sequence[Key], moments: tuple[int, ...] = ()) -> Population:
@@ -291,8 +293,8 @@ def test_the_whole_is_that_done_network_by_network_and_image_by_image(digits: Sp
         return only(j for j in range(20) if j not in points)
 
     def measured(*sets: Dataset) -> torch.Tensor:
-        truth, fresh = digits.test.labels.hard(), place.fold("fresh").split(2)
-        outputs = [nets(data, fresh).logits(digits.test).argmax(-1) for data in sets]
+        truth, fresh = real.test.labels.hard(), place.fold("fresh").split(2)
+        outputs = [nets(data, fresh).logits(real.test).argmax(-1) for data in sets]
         return torch.stack([(found == truth).double().mean(1) for found in outputs])
 
     def gradient(
@@ -306,7 +308,7 @@ def test_the_whole_is_that_done_network_by_network_and_image_by_image(digits: Sp
     # Weak points, and what networks without them say of them.
     inits = [KEY.fold("init", s) for s in range(2)]
     whole, without = nets(data, inits), [nets(rest(j), inits) for j in range(20)]
-    losses = [p.losses(digits.val).mean(1) for p in (whole, *without)]
+    losses = [p.losses(real.val).mean(1) for p in (whole, *without)]
     helped = torch.stack(losses[1:], 1) - losses[0][:, None]
     torch.testing.assert_close(result.helped["a"], helped, atol=1e-5, rtol=1e-4)
     weak = helped.mean(0).argsort()[:3].tolist()
@@ -330,10 +332,8 @@ def test_the_whole_is_that_done_network_by_network_and_image_by_image(digits: Sp
         return data.take(place.fold(name).permutation(len(data))[:30])
 
     # Donors: of six random images of the class the one whose gradient is most along the validation gradient.
-    val, truth = some(digits.val, "validation images"), digits.train.labels.hard()
-    possible = [
-        i for i in digits.train.drawn(6, place.fold("donors")).tolist() if i not in one.chosen.tolist()
-    ]
+    val, truth = some(real.val, "validation images"), real.train.labels.hard()
+    possible = [i for i in real.train.drawn(6, place.fold("donors")).tolist() if i not in one.chosen.tolist()]
     replaced = []
     for group in groups:
         images, left = data.images.clone(), list(possible)
@@ -341,16 +341,16 @@ def test_the_whole_is_that_done_network_by_network_and_image_by_image(digits: Sp
             towards = [gradient(f, val.images, val.labels.hard()) for f in without[j].final]
             scores = {}
             for i in (i for i in left if truth[i] == classes[j]):
-                of_image = (gradient(f, digits.train.images[[i]], truth[[i]]) for f in without[j].final)
+                of_image = (gradient(f, real.train.images[[i]], truth[[i]]) for f in without[j].final)
                 scores[i] = sum(float(g @ v) for g, v in zip(of_image, towards, strict=True))
-            images[j] = digits.train.images[max(scores, key=scores.__getitem__)]
+            images[j] = real.train.images[max(scores, key=scores.__getitem__)]
             left.remove(max(scores, key=scores.__getitem__))
         replaced.append(replace(data, images=images))
     assert torch.equal(result.mended["a"]["replace"], replaced[0].images[weak])
     assert torch.equal(repaired["replace"], measured(*replaced))
 
     # Pixels: two steps of Adam, in units of the spread of real ones, at three moments of two trainings.
-    matched = some(digits.train, "train images")
+    matched = some(real.train, "train images")
     way = nets(data, place.fold("way").split(2), (0, 3, 6)).snapshots.flatten(0, 1)
     towards = [gradient(f, matched.images, matched.labels.hard()) for f in way]
     moved = []
@@ -365,18 +365,26 @@ def test_the_whole_is_that_done_network_by_network_and_image_by_image(digits: Sp
             slope = torch.autograd.grad(torch.stack(apart).mean(), leaf)[0][list(group)]
             first, second = 0.9 * first + 0.1 * slope, 0.999 * second + 0.001 * slope.square()
             step = first / (1 - 0.9**t) / ((second / (1 - 0.999**t)).sqrt() + 1e-8)
-            images[list(group)] -= 0.05 * digits.train.images.std() * step
+            images[list(group)] -= 0.05 * real.train.images.std() * step
         moved.append(replace(data, images=images))
     torch.testing.assert_close(result.mended["a"]["reoptimise"], moved[0].images[weak], atol=1e-3, rtol=0)
     torch.testing.assert_close(repaired["reoptimise"], measured(*moved), atol=0.005, rtol=0)
 
+    # The mended sets themselves.
+    sets = {policy: result.set_of("a", policy, one).dataset() for policy in analysis.policies}
+    assert torch.equal(sets["drop"].images, rest(*weak).images)
+    tables[0][weak] = result.said["a"]
+    torch.testing.assert_close(sets["relabel"].labels.tensors()["values"], tables[0])
+    assert torch.equal(sets["replace"].images, replaced[0].images)
+    torch.testing.assert_close(sets["reoptimise"].images, moved[0].images, atol=1e-3, rtol=0)
+
     # Orders, and networks on their first points.
     parts = []
-    for own, other in zip(whole.features(data), whole.features(digits.val), strict=True):
+    for own, other in zip(whole.features(data), whole.features(real.val), strict=True):
         length = (2 * own.square().sum(1).mean()).sqrt()
         parts.append((own / length, other / length))
     points, unseen = (torch.cat(side, 1) for side in zip(*parts, strict=True))
-    tables = [F.one_hot(labels, 10).double() - 0.1 for labels in (classes, digits.val.labels.hard())]
+    tables = [F.one_hot(labels, 10).double() - 0.1 for labels in (classes, real.val.labels.hard())]
     orders = [
         by_ridge(points, tables[0], classes, unseen, tables[1], 0.1),
         in_rounds(helped.mean(0), classes),
@@ -413,7 +421,7 @@ def test_labels_of_every_kind_can_be_changed(labels: Labels) -> None:
 def test_mislabelled_points_are_found_and_mended(digits: Splits) -> None:
     wrong = {0, 7, 13, 16, 20, 28}
     one = mislabelled(subset(digits, KEY.fold("plant"), 3), *wrong)
-    analysis = Repair(TINY, SHORT, inits=3, fresh=6, kept=(0.5,), share=0.2)
+    analysis = Repair(TINY, SHORT, inits=3, fresh=4, kept=(0.5,), share=0.2)
     result = analysis(Sets({"a": (one,)}), digits, Runs(FAST), key=KEY)
     weak = result.weak["a"].tolist()
     assert len(wrong & set(weak)) >= 4
@@ -437,7 +445,7 @@ def test_mislabelled_points_are_found_and_mended(digits: Splits) -> None:
 
 def test_good_points_come_before_wrong_ones(digits: Splits) -> None:
     one = mislabelled(subset(digits, KEY.fold("half"), 4), *range(0, 40, 2))
-    analysis = Repair(TINY, SHORT, inits=2, fresh=3, kept=(0.25, 0.5), policies=())
+    analysis = Repair(TINY, SHORT.but(steps=60), inits=2, fresh=3, kept=(0.25, 0.5), policies=())
     result = analysis(Sets({"a": (one,)}), digits, Runs(FAST), key=KEY)
     (claim,) = result.claims()
     assert claim.name == "first k are better than random" and claim.verdict == "supported"

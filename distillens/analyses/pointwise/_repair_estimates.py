@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from distillens.core.result import Estimate
+from distillens.core.result import Estimate, t_quantile
 
 INIT, DRAW = "fresh initialisation", "random draw"  # the units of replication
 
@@ -21,10 +21,8 @@ def beyond(value: float, draws: Sequence[float]) -> Estimate:
     centre = math.fsum(draws) / n
     if n < 2:
         return Estimate(value - centre, -math.inf, math.inf, n, DRAW)
-    from scipy.stats import t
-
     spread = math.sqrt(math.fsum((x - centre) ** 2 for x in draws) / (n - 1))
-    half = float(t.ppf(0.975, n - 1)) * spread * math.sqrt(1 + 1 / n)
+    half = t_quantile(0.95, n - 1) * spread * math.sqrt(1 + 1 / n)
     return Estimate(value - centre, value - centre - half, value - centre + half, n, DRAW)
 
 
