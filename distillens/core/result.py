@@ -9,6 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
@@ -50,7 +51,7 @@ class Estimate:
         if n == 1:
             return Estimate(centre, -math.inf, math.inf, 1, unit, level)
         spread = math.sqrt(math.fsum((v - centre) ** 2 for v in values) / (n - 1))
-        half = _t_quantile(level, n - 1) * spread / math.sqrt(n)
+        half = t_quantile(level, n - 1) * spread / math.sqrt(n)
         return Estimate(centre, centre - half, centre + half, n, unit, level)
 
     @staticmethod
@@ -99,7 +100,7 @@ class Estimate:
             if total > 0
             else float(min(freedoms))
         )
-        half = _t_quantile(level, freedom) * math.sqrt(total)
+        half = t_quantile(level, freedom) * math.sqrt(total)
         return Estimate(value, value - half, value + half, min(map(len, parts.values())), unit, level)
 
     def text(self, digits: int = 3) -> str:
@@ -140,7 +141,9 @@ def weaker(direction: Literal["greater", "less"], first: Estimate, second: Estim
     return max(first, second, key=lambda one: (one.high, one.value))
 
 
-def _t_quantile(level: float, freedom: float) -> float:
+@cache
+def t_quantile(level: float, freedom: float) -> float:
+    """How many standard errors Student's interval reaches to either side; kept, for it is asked for the same few again."""
     from scipy.stats import t
 
     return float(t.ppf(0.5 + level / 2, freedom))

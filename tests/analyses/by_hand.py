@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from distillens.core.artefact import DistilledDataset
-from distillens.core.contracts import Problem
+from distillens.core.contracts import Problem, Sets
 from distillens.core.dataset import Splits
 from distillens.core.labels import Hard
 from distillens.core.rng import Key
@@ -21,6 +21,11 @@ def subset(real: Splits, key: Key, ipc: int = 1) -> DistilledDataset:
 def subsets_at(key: Key, real: Splits, count: int, ipc: int) -> tuple[DistilledDataset, ...]:
     """Random real subsets, each with a key of its own below ``key``."""
     return tuple(subset(real, key.fold(r), ipc) for r in range(count))
+
+
+def subsets_by_number(key: Key, real: Splits, count: int, ipc: int) -> Sets:
+    """Random real subsets side by side, each a set of its own, called by its number."""
+    return Sets({str(s): (one,) for s, one in enumerate(subsets_at(key, real, count, ipc))})
 
 
 def class_means(real: Splits) -> DistilledDataset:

@@ -6,25 +6,23 @@ Nulls are 1,000 resampled draws from the committed bank (tests/bank): at most 70
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.stats import spearmanr
 
+from distillens.analyses.pointwise._gradients import along, mean_gradients
 from distillens.analyses.pointwise._orders import by_ridge, in_rounds
-from distillens.analyses.pointwise._repairs import (
-    Way,
-    along,
-    as_table,
-    assigned,
-    foretold,
-    mean_gradients,
-    relabelled,
-)
+from distillens.analyses.pointwise._repair_estimates import area, beyond
+from distillens.analyses.pointwise._repair_relabel import as_table, foretold, relabelled
+from distillens.analyses.pointwise._repair_reoptimise import Way
+from distillens.analyses.pointwise._repair_replace import assigned
 from distillens.analyses.pointwise._retrained import without_each
-from distillens.analyses.pointwise.repair import POLICIES, Repair, RepairResult, area, beyond
+from distillens.analyses.pointwise.repair import POLICIES, Repair, RepairResult
 from distillens.core.artefact import DistilledDataset, Order
 from distillens.core.checks import UserError
 from distillens.core.contracts import Sets
@@ -32,18 +30,19 @@ from distillens.core.dataset import Dataset, Splits
 from distillens.core.decode import MultiFormation
 from distillens.core.labels import Hard, Labels, Logits, Probabilities, Targets, Teacher
 from distillens.core.recipe import Recipe
-from distillens.core.result import paired
+from distillens.core.result import Estimate, paired
 from distillens.core.rng import Key
+from distillens.core.space import Pixel
 from distillens.core.storage import read_tensors
 from distillens.engine.plan import Plan
 from distillens.nets.convnet import ConvNet
 from distillens.runs import Runs
-from distillens.train import Population, on, train
+from distillens.train import Population, Training, on, train
 from tests.analyses.by_hand import class_means, subset
 
 KEY = Key(77, ("repair",))
 SEED = Key(20261126)
-SHORT = Recipe(steps=60, lr=0.05)
+SHORT = Recipe(steps=40, lr=0.05)
 TINY = ConvNet(depth=2, width=8)
 QUICK = Repair(TINY, Recipe(steps=2), inits=1, fresh=1, draws=2, kept=(0.5,), pixel_steps=1)
 DRAWS, ALARMS = 1000, 70
@@ -66,6 +65,26 @@ def mislabelled(one: DistilledDataset, *points: int) -> DistilledDataset:
     labels = one.labels.hard().clone()
     labels[list(points)] = (labels[list(points)] + 3) % 10
     return replace(one, labels=Hard(labels), chosen=None)
+
+
+def result_of(untouched: torch.Tensor, repaired: torch.Tensor, curves: torch.Tensor) -> RepairResult:
+    return RepairResult(
+        ("a",),
+        tuple("0123456789"),
+        POLICIES,
+        {"a": torch.arange(20) % 10},
+        {"a": torch.zeros(1, 20)},
+        {"a": torch.arange(2)},
+        {"a": torch.zeros(2, 10)},
+        {"a": untouched.double()},
+        {"a": repaired.double()},
+        {"a": (6, 12)},
+        {"a": torch.arange(20).expand(2, -1)},
+        {"a": curves.double()},
+        {"a": torch.arange(2)},
+        {"a": {}},
+        {"a": torch.zeros(1, 2, 1, 8, 8)},
+    )
 
 
 # Closed forms
@@ -93,6 +112,76 @@ def test_no_donor_serves_twice() -> None:
     scores = [torch.tensor([3.0, 2.0, 1.0, -torch.inf]), torch.tensor([3.0, -torch.inf, 1.0, 2.0])]
     assert assigned(scores, [1, 2]) == [[0], [3, 2]]
     assert assigned(scores, [2, 1]) == [[0, 1], [3]]
+
+
+def test_the_figures_of_a_result_are_worked_out_by_hand() -> None:
+    untouched = torch.tensor([0.50, 0.60, 0.70])
+    repaired = torch.zeros(4, 4, 3)  # the weakest, and three random groups
+    repaired[0] = untouched + torch.tensor([[0.04, 0.06, 0.05], [0.0] * 3, [0.01] * 3, [0.02] * 3])
+    repaired[1] = untouched + torch.tensor([[0.04, 0.06, 0.05], [0.04] * 3, [0.05] * 3, [0.09] * 3])
+    repaired[2] = untouched + torch.tensor([[-0.04, -0.06, -0.05], [-0.2] * 3, [-0.2] * 3, [-0.21] * 3])
+    curves = torch.tensor([[0.4, 0.6], [0.3, 0.6], [0.2, 0.4], [0.3, 0.5], [0.1, 0.3]])[:, :, None].expand(
+        -1, -1, 3
+    )
+    result = replace(
+        result_of(untouched, repaired, curves),
+        weak={"a": torch.tensor([4, 1])},
+        said={"a": F.one_hot(torch.tensor([7, 2]), 10).float()},
+    )
+    gain = result.gain("a", "drop")
+    assert gain.value == pytest.approx(0.05) and (gain.n, gain.unit) == (3, "fresh initialisation")
+    assert gain.high - gain.value == pytest.approx(4.302653 * 0.01 / math.sqrt(3), rel=1e-4)
+    further = result.beyond_random("a", "drop")
+    assert further.value == pytest.approx(0.04) and (further.n, further.unit) == (3, "random draw")
+    assert further.high - further.value == pytest.approx(4.302653 * 0.01 * math.sqrt(4 / 3), rel=1e-4)
+    # One repair gains all it does by chance, another is beyond random ones and still loses.
+    assert result.beyond_random("a", "relabel").low < 0 < result.gain("a", "relabel").low
+    assert result.gain("a", "replace").high < 0 < result.beyond_random("a", "replace").low
+    claims = {claim.name: claim for claim in result.claims()}
+    assert [claims[f"{doing} the weakest helps"].verdict for doing in ("relabelling", "replacing")] == [
+        "inconclusive",
+        "not supported",
+    ]
+    assert {claim.direction for claim in claims.values()} == {"greater"}
+    assert claims["dropping the weakest helps"].estimate == min(gain, further, key=lambda e: e.low)
+    assert "a: gain by replacing the weakest" in result.headline()
+    # Sizes 6 and 12 of 20 points: (6 (h6 + h12) + 8 (h12 + whole)) / 28.
+    areas = [(6 * (a + b) + 8 * (b + 0.6)) / 28 for a, b in curves[:, :, 0].tolist()]
+    assert result.areas("a").mean(1).tolist() == pytest.approx(areas, rel=1e-5)
+    ahead, random = claims["first k are better than random"].estimate, areas[2:]
+    assert ahead == result.headline()["a: first k by ridge regression, beyond random orders"]
+    assert ahead.value == pytest.approx(areas[0] - sum(random) / 3, rel=1e-5) and ahead.n == 3
+    repairs, orders, sizes, weak = result.tables()
+    kept, before, after = repairs.rows[0][2:5]
+    assert kept == 18 and [row[2] for row in repairs.rows[1:]] == [20] * 3
+    assert isinstance(before, Estimate) and isinstance(after, Estimate)
+    assert (before.value, after.value) == pytest.approx((0.6, 0.65))
+    assert repairs.rows[0][5:] == (gain, further)
+    assert orders.rows[0][3:5] == (ahead, result.ahead("a", 1))
+    values = [cell.value for cell in sizes.rows[0][2:] if isinstance(cell, Estimate)]
+    assert sizes.rows[0][1] == 6 and values == pytest.approx([0.4, 0.3, 0.2])
+    assert [row[0] for row in weak.rows] == [4, 1] and [row[3] for row in weak.rows] == ["7", "2"]
+
+
+def test_agreement_on_weakness_is_the_mean_over_pairs_of_initialisations() -> None:
+    helped = KEY.fold("helped").normal(3, 12)
+    helped[1] += helped[0]
+    result = replace(
+        result_of(torch.zeros(1), torch.zeros(4, 1, 1), torch.zeros(3, 2, 1)), helped={"a": helped}
+    )
+
+    def figure(points: list[int]) -> float:
+        own = helped[:, points].numpy()
+        return sum(float(spearmanr(own[a], own[b]).statistic) for a, b in ((0, 1), (0, 2), (1, 2))) / 3
+
+    everything = list(range(12))
+    pseudo = [
+        12 * figure(everything) - 11 * figure([*everything[:j], *everything[j + 1 :]]) for j in everything
+    ]
+    found = result.repeats("a")
+    assert found.value == pytest.approx(sum(pseudo) / 12) and (found.n, found.unit) == (12, "distilled point")
+    assert found.high == pytest.approx(Estimate.mean(pseudo, "").high)
+    assert replace(result, helped={"a": helped[:1]}).repeats("a").n == 0
 
 
 # Slow twins
@@ -173,6 +262,140 @@ def test_the_slope_of_the_gap_is_that_of_finite_differences(digits: Splits) -> N
     assert way.gap(data, rows, better, others)[0] < way.gap(data, rows, data.images[rows], others)[0]
 
 
+def test_the_whole_is_that_done_network_by_network_and_image_by_image(digits: Splits) -> None:
+    """Which points are weak, each repair of each group, and the networks on the first of each order, without our layouts."""
+    real = digits.to_space(Pixel())  # a space in which the spread is not 1
+    one, recipe = subset(real, KEY.fold("twin"), 2), Recipe(steps=6, lr=0.05)
+    analysis = Repair(
+        TINY,
+        recipe,
+        inits=2,
+        share=0.15,
+        policies=("reoptimise", "drop", "replace", "relabel"),
+        fresh=2,
+        draws=2,
+        kept=(0.1, 0.5),
+        donors=6,
+        images=30,
+        moments=3,
+        pixel_steps=2,
+    )
+    result = analysis(Sets({"a": (one,)}), real, Runs(Plan()), key=KEY)
+    data, classes, place = one.dataset(), one.labels.hard(), KEY.fold("repair")
+
+    def nets(data: Dataset, keys: Sequence[Key], moments: tuple[int, ...] = ()) -> Population:
+        return train(Training(data, TINY, recipe, tuple(keys), snapshots=moments), Plan())
+
+    def only(points: Iterable[int]) -> Dataset:
+        return data.take(torch.tensor(list(points)))
+
+    def rest(*points: int) -> Dataset:
+        return only(j for j in range(20) if j not in points)
+
+    def measured(*sets: Dataset) -> torch.Tensor:
+        truth, fresh = real.test.labels.hard(), place.fold("fresh").split(2)
+        outputs = [nets(data, fresh).logits(real.test).argmax(-1) for data in sets]
+        return torch.stack([(found == truth).double().mean(1) for found in outputs])
+
+    def gradient(
+        flat: torch.Tensor, images: torch.Tensor, labels: torch.Tensor, onward: bool = False
+    ) -> torch.Tensor:
+        leaf = flat.detach().requires_grad_()
+        logits, _ = TINY.logits(whole.shapes.unflatten(leaf), {}, images)
+        (found,) = torch.autograd.grad(F.cross_entropy(logits, labels), leaf, create_graph=onward)
+        return found
+
+    # Weak points, and what networks without them say of them.
+    inits = [KEY.fold("init", s) for s in range(2)]
+    whole, without = nets(data, inits), [nets(rest(j), inits) for j in range(20)]
+    losses = [p.losses(real.val).mean(1) for p in (whole, *without)]
+    helped = torch.stack(losses[1:], 1) - losses[0][:, None]
+    torch.testing.assert_close(result.helped["a"], helped, atol=1e-5, rtol=1e-4)
+    weak = helped.mean(0).argsort()[:3].tolist()
+    assert result.weak["a"].tolist() == weak
+    assert weak not in [own.argsort()[:3].tolist() for own in helped]  # one initialisation would not do
+    said = torch.stack([p.logits(only([j])).softmax(-1)[:, 0].mean(0) for j, p in enumerate(without)])
+    torch.testing.assert_close(result.said["a"], said[weak], atol=1e-5, rtol=1e-4)
+
+    # The repairs of the weakest and of two random groups.
+    groups = [tuple(weak), *analysis._draws(one, tuple(weak), KEY)]
+    repaired = dict(zip(analysis.policies, result.repaired["a"], strict=True))
+    assert torch.equal(result.untouched["a"], measured(data)[0])
+    assert torch.equal(repaired["drop"], measured(*(rest(*group) for group in groups)))
+    tables = [F.one_hot(classes, 10).float() for _ in groups]
+    for table, group in zip(tables, groups, strict=True):
+        table[list(group)] = said[list(group)]
+    relabelled_sets = [replace(data, labels=Probabilities(table)) for table in tables]
+    torch.testing.assert_close(repaired["relabel"], measured(*relabelled_sets), atol=0.005, rtol=0)
+
+    def some(data: Dataset, name: str) -> Dataset:
+        return data.take(place.fold(name).permutation(len(data))[:30])
+
+    # Donors: of six random images of the class the one whose gradient is most along the validation gradient.
+    val, truth = some(real.val, "validation images"), real.train.labels.hard()
+    possible = [i for i in real.train.drawn(6, place.fold("donors")).tolist() if i not in one.chosen.tolist()]
+    replaced = []
+    for group in groups:
+        images, left = data.images.clone(), list(possible)
+        for j in group:
+            towards = [gradient(f, val.images, val.labels.hard()) for f in without[j].final]
+            scores = {}
+            for i in (i for i in left if truth[i] == classes[j]):
+                of_image = (gradient(f, real.train.images[[i]], truth[[i]]) for f in without[j].final)
+                scores[i] = sum(float(g @ v) for g, v in zip(of_image, towards, strict=True))
+            images[j] = real.train.images[max(scores, key=scores.__getitem__)]
+            left.remove(max(scores, key=scores.__getitem__))
+        replaced.append(replace(data, images=images))
+    assert torch.equal(result.mended["a"]["replace"], replaced[0].images[weak])
+    assert torch.equal(repaired["replace"], measured(*replaced))
+
+    # Pixels: two steps of Adam, in units of the spread of real ones, at three moments of two trainings.
+    matched = some(real.train, "train images")
+    way = nets(data, place.fold("way").split(2), (0, 3, 6)).snapshots.flatten(0, 1)
+    towards = [gradient(f, matched.images, matched.labels.hard()) for f in way]
+    moved = []
+    for group in groups:
+        images, first, second = data.images.clone(), 0.0, 0.0
+        for t in (1, 2):
+            leaf = images.clone().requires_grad_()
+            apart = [
+                (gradient(f, leaf, classes, True) - g).square().sum() / g.square().sum()
+                for f, g in zip(way, towards, strict=True)
+            ]
+            slope = torch.autograd.grad(torch.stack(apart).mean(), leaf)[0][list(group)]
+            first, second = 0.9 * first + 0.1 * slope, 0.999 * second + 0.001 * slope.square()
+            step = first / (1 - 0.9**t) / ((second / (1 - 0.999**t)).sqrt() + 1e-8)
+            images[list(group)] -= 0.05 * real.train.images.std() * step
+        moved.append(replace(data, images=images))
+    torch.testing.assert_close(result.mended["a"]["reoptimise"], moved[0].images[weak], atol=1e-3, rtol=0)
+    torch.testing.assert_close(repaired["reoptimise"], measured(*moved), atol=0.005, rtol=0)
+
+    # The mended sets themselves.
+    sets = {policy: result.set_of("a", policy, one).dataset() for policy in analysis.policies}
+    assert torch.equal(sets["drop"].images, rest(*weak).images)
+    tables[0][weak] = result.said["a"]
+    torch.testing.assert_close(sets["relabel"].labels.tensors()["values"], tables[0])
+    assert torch.equal(sets["replace"].images, replaced[0].images)
+    torch.testing.assert_close(sets["reoptimise"].images, moved[0].images, atol=1e-3, rtol=0)
+
+    # Orders, and networks on their first points.
+    parts = []
+    for own, other in zip(whole.features(data), whole.features(real.val), strict=True):
+        length = (2 * own.square().sum(1).mean()).sqrt()
+        parts.append((own / length, other / length))
+    points, unseen = (torch.cat(side, 1) for side in zip(*parts, strict=True))
+    tables = [F.one_hot(labels, 10).double() - 0.1 for labels in (classes, real.val.labels.hard())]
+    orders = [
+        by_ridge(points, tables[0], classes, unseen, tables[1], 0.1),
+        in_rounds(helped.mean(0), classes),
+        *(in_rounds(place.fold("order", d).uniform(20), classes) for d in range(2)),
+    ]
+    assert result.orders["a"].tolist() == [order.tolist() for order in orders[:2]]
+    assert result.sizes["a"] == (2, 10)
+    curves = torch.stack([measured(*(only(order[:size].tolist()) for size in (2, 10))) for order in orders])
+    torch.testing.assert_close(result.curves["a"], curves, atol=0.005, rtol=0)
+
+
 @pytest.mark.parametrize(
     "labels",
     [
@@ -198,7 +421,7 @@ def test_labels_of_every_kind_can_be_changed(labels: Labels) -> None:
 def test_mislabelled_points_are_found_and_mended(digits: Splits) -> None:
     wrong = {0, 7, 13, 16, 20, 28}
     one = mislabelled(subset(digits, KEY.fold("plant"), 3), *wrong)
-    analysis = Repair(TINY, SHORT, inits=3, fresh=6, kept=(0.5,), share=0.2)
+    analysis = Repair(TINY, SHORT, inits=3, fresh=4, kept=(0.5,), share=0.2)
     result = analysis(Sets({"a": (one,)}), digits, Runs(FAST), key=KEY)
     weak = result.weak["a"].tolist()
     assert len(wrong & set(weak)) >= 4
@@ -222,33 +445,13 @@ def test_mislabelled_points_are_found_and_mended(digits: Splits) -> None:
 
 def test_good_points_come_before_wrong_ones(digits: Splits) -> None:
     one = mislabelled(subset(digits, KEY.fold("half"), 4), *range(0, 40, 2))
-    analysis = Repair(TINY, SHORT, inits=2, fresh=3, kept=(0.25, 0.5), policies=())
+    analysis = Repair(TINY, SHORT.but(steps=60), inits=2, fresh=3, kept=(0.25, 0.5), policies=())
     result = analysis(Sets({"a": (one,)}), digits, Runs(FAST), key=KEY)
     (claim,) = result.claims()
     assert claim.name == "first k are better than random" and claim.verdict == "supported"
 
 
 # Nulls
-
-
-def result_of(untouched: torch.Tensor, repaired: torch.Tensor, curves: torch.Tensor) -> RepairResult:
-    return RepairResult(
-        ("a",),
-        tuple("0123456789"),
-        POLICIES,
-        {"a": torch.arange(20) % 10},
-        {"a": torch.zeros(1, 20)},
-        {"a": torch.arange(2)},
-        {"a": torch.zeros(2, 10)},
-        {"a": untouched.double()},
-        {"a": repaired.double()},
-        {"a": (6, 12)},
-        {"a": torch.arange(20).expand(2, -1)},
-        {"a": curves.double()},
-        {"a": torch.arange(2)},
-        {"a": {}},
-        {"a": torch.zeros(1, 2, 1, 8, 8)},
-    )
 
 
 def test_random_points_in_the_place_of_the_weakest_are_no_finding(bank: dict[str, torch.Tensor]) -> None:

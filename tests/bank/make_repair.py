@@ -1,6 +1,6 @@
 """Make the bank of repairs and orders of random points, that the null rates are resampled from.
 
-    python tests/bank/make_repair.py
+    python -m tests.bank.make_repair
 
 Real subsets, every repair done to nine tenths of their points, tenth by tenth, and random orders: which of them is called the weakest, or the
 order, is left to the tests.
@@ -13,14 +13,13 @@ from pathlib import Path
 import torch
 
 from distillens.analyses.pointwise.repair import ORDERS, Repair
-from distillens.core.contracts import Problem, Sets
 from distillens.core.recipe import Recipe
 from distillens.core.rng import Key
 from distillens.core.storage import write_tensors
 from distillens.data import load
-from distillens.distillers.random_subset import RandomSubset
 from distillens.nets.convnet import ConvNet
 from distillens.sessions import session
+from tests.analyses.by_hand import subsets_by_number
 
 SUBSETS = 8
 PATH = Path(__file__).with_name("repair.safetensors")
@@ -30,10 +29,7 @@ def main() -> None:
     real = load("digits")
     key = Key(2026, ("repair bank",))
     analysis = Repair(ConvNet(depth=2, width=8), Recipe(steps=60, lr=0.05), inits=2, draws=9, kept=(0.3, 0.6))
-    problems = [Problem(real.train, 2, key.fold("subset", s)) for s in range(SUBSETS)]
-    sets = Sets(
-        {str(s): (RandomSubset().finish(p, RandomSubset().start(p)),) for s, p in enumerate(problems)}
-    )
+    sets = subsets_by_number(key.fold("subset"), real, SUBSETS, 2)
     with session(real) as runs:
         found = analysis(sets, real, runs, key=key.fold("net"))
     names = [str(s) for s in range(SUBSETS)]

@@ -10,6 +10,15 @@ from typing import Any
 
 import pytest
 
+from distillens.analyses.pointwise.repair import Repair
+from distillens.core.contracts import Sets
+from distillens.core.dataset import Splits
+from distillens.core.recipe import Recipe
+from distillens.core.rng import Key
+from distillens.engine.plan import Plan
+from distillens.nets.convnet import ConvNet
+from distillens.runs import Runs
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -90,6 +99,36 @@ def test_the_readmes_python_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     (code,) = blocks(ROOT / "README.md", "python")
     assert len([line for line in code.splitlines() if line.strip()]) <= 6
     exec(compile(code, "README.md", "exec"), {})
+
+
+def test_the_python_about_mended_sets_runs(
+    digits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from distillens import pipeline
+
+    (code,) = blocks(ROOT / "docs" / "pointwise.md", "python")
+    run = tmp_path / "runs" / "dm-10"
+    one = pipeline.distill("dm", digits, ipc=3, settings=["steps=1", "net.width=8", "net.depth=2"], threads=1)
+    one.save(run)
+    assert one.provenance is not None
+    analysis = Repair(
+        ConvNet(2, 8), Recipe(steps=2), inits=1, fresh=1, draws=1, kept=(0.5,), policies=("drop", "replace")
+    )
+    analysis(Sets({one.provenance.method: (one,)}), digits, Runs(Plan()), key=Key(0)).save(run / "results")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(code, "pointwise.md", "exec"), names)
+    assert len(names["best"]) == 20
+    changed = (names["mended"].stored["images"] != one.stored["images"]).flatten(1).any(1)
+    assert changed.nonzero().flatten().tolist() == sorted(names["result"].weak["dm"].tolist())
+
+
+def test_every_block_of_python_is_run() -> None:
+    found = {page.name: len(blocks(page, "python")) for page in PAGES if blocks(page, "python")}
+    assert found == {"README.md": 1, "pointwise.md": 1}
+    statement = re.compile(r"^(from [\w.]+ )?import [\w., ]+$", re.MULTILINE)
+    bare = [page.name for page in PAGES if any(map(statement.search, blocks(page, "")))]
+    assert bare == [], "say that a block is Python, and run it here"
 
 
 def test_the_figures_in_the_docs_are_those_on_record(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from distillens.analyses.pointwise._repair_relabel import as_table
+from distillens.core.artefact import DistilledDataset
+from distillens.core.dataset import Dataset
+from distillens.core.labels import Targets
+from distillens.train import Population
+
+ORDERS = ("by ridge regression", "by influence")  # the orders that are tried; random ones follow
+
 
 def in_rounds(values: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
     """The points from the largest value to the least, every class once before any twice, and so on [P]."""
@@ -52,3 +60,20 @@ def by_ridge(
         kernel -= share[j] * with_j[:, None] * with_j
         cross -= share[j] * with_j[:, None] * with_val
     return torch.tensor(order)
+
+
+def by_features(one: DistilledDataset, whole: Population, val: Dataset, ridge: float) -> torch.Tensor:
+    """The order by ridge regression on the features of networks trained on all points of a set, [P]."""
+    data, origin = one.dataset(), one.decode.origin(one.stored)
+    parts = []
+    for own, unseen in zip(whole.features(data), whole.features(val), strict=True):
+        # Every network counts the same, and the penalty is a share of a mean squared length of 1.
+        scale = (own.square().sum(1).mean() * len(whole)).clamp(min=1e-12).sqrt()
+        by_point = own.new_zeros(len(one), own.shape[1]).index_add_(0, origin, own)
+        parts.append((by_point / torch.bincount(origin)[:, None] / scale, unseen / scale))
+    points, validation = (torch.cat(side, 1) for side in zip(*parts, strict=True))
+    k = data.k
+    targets, truth = (as_table(labels, k).cpu().double() for labels in (one.labels, val.labels))
+    if not isinstance(one.labels, Targets):
+        targets = targets - 1 / k
+    return by_ridge(points, targets, one.labels.hard().cpu(), validation, truth - 1 / k, ridge)

@@ -10,33 +10,26 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from distillens.analyses.pointwise import _repair_figures, _repair_tables
 from distillens.analyses.pointwise._coalitions import with_only
 from distillens.analyses.pointwise._jackknife import pseudo_values
-from distillens.analyses.pointwise._orders import by_ridge, in_rounds
-from distillens.analyses.pointwise._repairs import (
-    Way,
-    as_table,
-    assigned,
-    donor_scores,
-    foretold,
-    members,
-    relabelled,
-)
+from distillens.analyses.pointwise._mending import Mending, members
+from distillens.analyses.pointwise._orders import ORDERS, by_features, in_rounds
+from distillens.analyses.pointwise._repair_estimates import INIT, area, beyond
+from distillens.analyses.pointwise._repair_relabel import relabelled
 from distillens.analyses.pointwise._retrained import chosen, moved_losses, without_each
 from distillens.core.artefact import DistilledDataset
 from distillens.core.checks import UserError, at_least, one_of, positive
 from distillens.core.contracts import Net, Sets
 from distillens.core.dataset import Dataset, Splits
 from distillens.core.decode import Pixels
-from distillens.core.labels import Targets
-from distillens.core.palette import colour
 from distillens.core.ranks import rank_correlation
 from distillens.core.recipe import Recipe
 from distillens.core.result import Claim, Estimate, Result, Table, paired, weaker
 from distillens.core.rng import Key
 from distillens.nets.convnet import ConvNet
 from distillens.runs import Runs
-from distillens.train import Population, Training, on
+from distillens.train import Training, on
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,9 +41,7 @@ DOING = {
     "replace": "replacing",
     "reoptimise": "re-optimising",
 }
-ORDERS = ("by ridge regression", "by influence")  # the orders that are tried; random ones follow
-SHOWN = 10  # weak points that are drawn
-POINT, INIT, DRAW = "distilled point", "fresh initialisation", "random draw"
+POINT = "distilled point"
 Asked = dict[tuple[int, ...], int]  # each coalition that is trained, and its place
 
 
@@ -134,9 +125,9 @@ class Repair:
         """The most that is trained: what is decided on the way is stood in for by the set itself, with keys of its own."""
         found = []
         for one in self._chosen(sets).values():
-            found += [self._each(one, key), self._whole(one, key)]
+            found.append(self._each(one, key))
             found += [self._way(one, key)] if "reoptimise" in self.policies else []
-            known: Asked = {}
+            known: Asked = {_all(one): 0}
             for order in self._random_orders(one, key):
                 self._add_order(known, one, order)
             found.append(self._subsets(one, known, key))
@@ -146,11 +137,11 @@ class Repair:
                 found.append(self._subsets(one, stand_in, key.fold("stand in", s)))
             rest = {_rest(one, range(self._count(one))): 0}
             for policy in self.policies:
-                for d in range(1 + self.draws):
-                    place = key.fold("stand in", policy, d)
-                    found.append(
-                        self._subsets(one, rest, place) if policy == "drop" else self._whole(one, place)
-                    )
+                places = [key.fold("stand in", policy, d) for d in range(1 + self.draws)]
+                if policy == "drop":
+                    found += [self._subsets(one, rest, place) for place in places]
+                else:
+                    found += [self._mended(one, [one.dataset()], place)[0] for place in places]
         return found
 
     def __call__(self, sets: Sets, real: Splits, runs: Runs, *, key: Key) -> RepairResult:
@@ -225,10 +216,17 @@ class Repair:
             training, snapshots=tuple(sorted({round(steps * i / last) for i in range(self.moments)}))
         )
 
-    def _whole(self, one: DistilledDataset, key: Key, data: Dataset | None = None) -> Training:
-        """The measuring networks on all images: the set's own, or mended ones."""
-        training = on(one, self.net, self.recipe.but(batch=None), self._fresh(key))
-        return training if data is None else replace(training, data=data)
+    def _mended(self, one: DistilledDataset, sets: Sequence[Dataset], key: Key) -> list[Training]:
+        """The measuring networks on each mended set: side by side as one training [sets, fresh], of ordered steps a training each."""
+        keys = self._fresh(key)
+        training = on(one, self.net, self.recipe.but(batch=None), keys)
+        if one.order is not None:
+            return [replace(training, data=data) for data in sets]
+        # A few networks on a few images are trained a third as fast as a full stack of them.
+        joined = sets[0].joined(*sets[1:])
+        blocks = torch.arange(len(joined)).view(len(sets), -1)
+        subsets = tuple(block for block in blocks for _ in keys)
+        return [replace(training, data=joined, keys=keys * len(sets), subsets=subsets)]
 
     def _subsets(self, one: DistilledDataset, asked: Asked, key: Key) -> Training:
         """The measuring networks on some points alone, for each coalition [coalitions, fresh]."""
@@ -246,20 +244,23 @@ class Repair:
         groups = [weak, *self._draws(one, weak, key)]
         hard = one.labels.hard().cpu()
 
-        orders = [self._by_ridge(one, each, real), in_rounds(helped.mean(0), hard)]
-        asked: Asked = {}
+        untouched = each.taken(torch.arange(self.inits) * (1 + len(one)))
+        orders = [by_features(one, untouched, real.val, self.ridge), in_rounds(helped.mean(0), hard)]
+        asked: Asked = {_all(one): 0}
         dropped = [_add(asked, _rest(one, group)) for group in groups] if "drop" in self.policies else []
         curves = [self._add_order(asked, one, o) for o in [*orders, *self._random_orders(one, key)]]
 
-        mend = _Mending(self, one, real, each, key)
-        mended = {p: mend(p, groups, runs) for p in self.policies if p != "drop"}
-        wanted = [self._whole(one, key, data) for many in mended.values() for data in many]
-        parts, whole, *others = runs.get(self._subsets(one, asked, key), self._whole(one, key), *wanted)
+        mend = Mending(self, one, real, each, key)
+        mended = {p: mend(p, groups, runs, self._way(one, key)) for p in self.policies if p != "drop"}
+        wanted = {p: self._mended(one, many, key) for p, many in mended.items()}
+        parts, *others = runs.get(
+            self._subsets(one, asked, key), *(t for many in wanted.values() for t in many)
+        )
         small = parts.accuracy(real.test).view(len(asked), self.fresh).cpu()
         accuracies = {"drop": small[dropped]}
-        for p, many in mended.items():
+        for p, many in wanted.items():
             measured = [others.pop(0).accuracy(real.test).cpu() for _ in many]
-            accuracies[p] = torch.stack(measured)
+            accuracies[p] = torch.cat(measured).view(-1, self.fresh)
 
         rows = members(mend.origin, weak)
         same = mend.data
@@ -269,7 +270,7 @@ class Repair:
             "helped": helped,
             "weak": torch.tensor(weak),
             "said": mend.said[list(weak)].cpu(),
-            "untouched": whole.accuracy(real.test).cpu(),
+            "untouched": small[asked[_all(one)]],
             "repaired": torch.stack([accuracies[p] for p in self.policies])
             if self.policies
             else torch.empty(0, 1 + self.draws, self.fresh, dtype=torch.float64),
@@ -281,127 +282,20 @@ class Repair:
             "pictures": torch.stack([same.space.to_pixels(d.images[rows]).cpu() for d in shown]),
         }
 
-    def _by_ridge(self, one: DistilledDataset, each: Population, real: Splits) -> torch.Tensor:
-        """The order by ridge regression on the features of the networks trained on all points."""
-        data, origin = one.dataset(), one.decode.origin(one.stored)
-        whole = each.taken(torch.arange(self.inits) * (1 + len(one)))
-        parts = []
-        for own, val in zip(whole.features(data), whole.features(real.val), strict=True):
-            # Every network counts the same, and the penalty is a share of a mean squared length of 1.
-            scale = (own.square().sum(1).mean() * self.inits).clamp(min=1e-12).sqrt()
-            by_point = own.new_zeros(len(one), own.shape[1]).index_add_(0, origin, own)
-            parts.append((by_point / torch.bincount(origin)[:, None] / scale, val / scale))
-        points, val = (torch.cat(side, 1) for side in zip(*parts, strict=True))
-        k = data.k
-        targets, truth = (as_table(labels, k).cpu().double() for labels in (one.labels, real.val.labels))
-        if not isinstance(one.labels, Targets):
-            targets = targets - 1 / k
-        return by_ridge(points, targets, one.labels.hard().cpu(), val, truth - 1 / k, self.ridge)
-
 
 def _add(asked: Asked, points: tuple[int, ...]) -> int:
     """The place of a coalition, with a new one where it was not asked for yet: none is trained twice."""
     return asked.setdefault(points, len(asked))
 
 
+def _all(one: DistilledDataset) -> tuple[int, ...]:
+    """All points."""
+    return _rest(one, ())
+
+
 def _rest(one: DistilledDataset, group: Sequence[int]) -> tuple[int, ...]:
     """All points but a group."""
     return tuple(j for j in range(len(one)) if j not in group)
-
-
-class _Mending:
-    """The repairs of groups of one set's points that change its images or labels."""
-
-    def __init__(
-        self, settings: Repair, one: DistilledDataset, real: Splits, each: Population, key: Key
-    ) -> None:
-        self.settings, self.one, self.real, self.each, self.key = settings, one, real, each, key
-        self.data = one.dataset()
-        self.origin = one.decode.origin(one.stored)
-        self.said = foretold(each, settings.inits, self.data, self.origin.to(self.data.device))
-
-    def __call__(self, policy: str, groups: Sequence[tuple[int, ...]], runs: Runs) -> list[Dataset]:
-        """The mended set for each group."""
-        if policy == "relabel":
-            return [self._relabelled(group) for group in groups]
-        if policy == "replace":
-            scores = self._scores(sorted({j for group in groups for j in group}))
-            return [self._replaced(group, scores) for group in groups]
-        (population,) = runs.get(self.settings._way(self.one, self.key))
-        way = Way.of(population, self.data, self._some(self.real.train, "train images"))
-        return [self._better(group, way) for group in groups]
-
-    def _some(self, data: Dataset, name: str) -> Dataset:
-        """Up to ``images`` random ones."""
-        index = self.key.fold("repair", name).permutation(len(data))[: self.settings.images]
-        return data.take(index.to(data.device))
-
-    def _with(self, rows: torch.Tensor, images: torch.Tensor) -> Dataset:
-        changed = self.data.images.clone()
-        changed[rows] = images.to(changed)
-        return replace(self.data, images=changed)
-
-    def _relabelled(self, group: tuple[int, ...]) -> Dataset:
-        rows = members(self.origin, group)
-        return replace(self.data, labels=relabelled(self.data.labels, rows, self.said[self.origin[rows]]))
-
-    def _scores(self, points: Sequence[int]) -> dict[int, torch.Tensor]:
-        """For each point how good each training image is in its place, -inf of other classes and those the set has already."""
-        train, val = self.real.train, self._some(self.real.val, "validation images")
-        hard = self.one.labels.hard().cpu()
-        possible = train.drawn(self.settings.donors, self.key.fold("repair", "donors"))
-        if self.one.chosen is not None:
-            possible = possible[~torch.isin(possible, self.one.chosen.to(possible))]
-        found = {}
-        for c in sorted({int(hard[j]) for j in points}):
-            own = [j for j in points if int(hard[j]) == c]
-            index = possible[train.labels.hard()[possible] == c]
-            need = int(torch.bincount(self.origin).max())
-            if len(index) < self.settings._count(self.one) * need:
-                raise UserError(
-                    f"repair: class {train.classes[c]!r} has too few training images to replace points by",
-                    got=f"{len(index)} beside the set's own",
-                    expected=f"at least {self.settings._count(self.one) * need}",
-                    fix="leave replace out of policies, or lower share",
-                )
-            scores = donor_scores(self.each, self.settings.inits, own, train.take(index), val).cpu()
-            for j, row in zip(own, scores, strict=True):
-                found[j] = torch.full((len(train),), -torch.inf).index_put_((index.cpu(),), row.float())
-        return found
-
-    def _replaced(self, group: tuple[int, ...], scores: Mapping[int, torch.Tensor]) -> Dataset:
-        counts = torch.bincount(self.origin)
-        donors = assigned([scores[j] for j in group], [int(counts[j]) for j in group])
-        index = torch.tensor([i for own in donors for i in own], device=self.data.device)
-        return self._with(members(self.origin, group), self.real.train.images[index])
-
-    def _better(self, group: tuple[int, ...], way: Way) -> Dataset:
-        rows = members(self.origin, group)
-        size = self.settings.pixel_step * float(self.real.train.images.std())
-        return self._with(rows, way.better(self.data, rows, self.settings.pixel_steps, size))
-
-
-def beyond(value: float, draws: Sequence[float]) -> Estimate:
-    """How far a value lies above those of random draws, with an interval for one that is a draw like them.
-
-    Student's t of a further draw: its own spread counts beside that of the mean.
-    """
-    n = len(draws)
-    centre = math.fsum(draws) / n
-    if n < 2:
-        return Estimate(value - centre, -math.inf, math.inf, n, DRAW)
-    from scipy.stats import t
-
-    spread = math.sqrt(math.fsum((x - centre) ** 2 for x in draws) / (n - 1))
-    half = float(t.ppf(0.975, n - 1)) * spread * math.sqrt(1 + 1 / n)
-    return Estimate(value - centre, value - centre - half, value - centre + half, n, DRAW)
-
-
-def area(curve: torch.Tensor, sizes: Sequence[int], points: int, whole: torch.Tensor) -> torch.Tensor:
-    """The mean height [...] of accuracies [..., sizes] from the smallest size to all points, where it is ``whole`` [...]."""
-    at = torch.tensor([*sizes, points], dtype=torch.float64)
-    heights = torch.cat([curve, whole[..., None]], -1)
-    return torch.div(torch.trapezoid(heights, at, dim=-1), points - sizes[0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -539,80 +433,7 @@ class RepairResult(Result):
 
     def tables(self) -> tuple[Table, ...]:
         """The repairs, the orders, the weak points."""
-        found = [self._repairs()] if self.policies else []
-        return (*found, self._orders(), self._sizes(), *(self._weak(name) for name in self.distilled))
-
-    def _repairs(self) -> Table:
-        rows: list[tuple[str | int | Estimate, ...]] = []
-        for name, repaired in self.repaired.items():
-            points, weak = len(self.labels[name]), len(self.weak[name])
-            for p, policy in enumerate(self.policies):
-                rows.append(
-                    (
-                        name,
-                        policy,
-                        points - weak if policy == "drop" else points,
-                        Estimate.mean(self.untouched[name].tolist(), INIT),
-                        Estimate.mean(repaired[p, 0].tolist(), INIT),
-                        self.gain(name, policy),
-                        self.beyond_random(name, policy),
-                    )
-                )
-        columns = (
-            "set",
-            "repair of the weakest",
-            "points kept",
-            "test accuracy untouched",
-            "repaired",
-            "gain",
-            "beyond the repair of random points",
-        )
-        return Table("What mending the weakest points brings", columns, tuple(rows))
-
-    def _orders(self) -> Table:
-        rows: list[tuple[str | int | Estimate, ...]] = []
-        for name in self.curves:
-            areas = self.areas(name)
-            between = paired(areas[0].tolist(), areas[1].tolist(), INIT)
-            means = (Estimate.mean(areas[o].tolist(), INIT) for o in range(len(ORDERS)))
-            rows.append((name, *means, self.ahead(name), self.ahead(name, 1), between, self.repeats(name)))
-        columns = (
-            "set",
-            "mean accuracy along the order by ridge regression",
-            "by influence",
-            "ridge regression beyond random orders",
-            "influence beyond random orders",
-            "ridge regression beyond influence",
-            "agreement of initialisations on weakness",
-        )
-        return Table("Orders of the points, every class once before any twice", columns, tuple(rows))
-
-    def _sizes(self) -> Table:
-        rows: list[tuple[str | int | Estimate, ...]] = []
-        for name, curves in self.curves.items():
-            random = curves[len(ORDERS) :].mean(2)
-            for s, size in enumerate(self.sizes[name]):
-                tried = (Estimate.mean(curves[o, s].tolist(), INIT) for o in range(len(ORDERS)))
-                rows.append((name, size, *tried, Estimate.mean(random[:, s].tolist(), DRAW)))
-            whole = Estimate.mean(self.untouched[name].tolist(), INIT)
-            rows.append((name, len(self.labels[name]), whole, whole, whole))
-        columns = ("set", "points kept", *ORDERS, "random orders")
-        return Table("Test accuracy on the first points", columns, tuple(rows))
-
-    def _weak(self, name: str) -> Table:
-        rows = []
-        for j, said in zip(self.weak[name].tolist(), self.said[name], strict=True):
-            own = self.helped[name][:, j]
-            rows.append(
-                (
-                    j,
-                    self.classes[int(self.labels[name][j])],
-                    Estimate.mean(own.tolist(), "initialisation"),
-                    self.classes[int(said.argmax())],
-                )
-            )
-        columns = ("point", "class", "lowers the validation loss by", "networks without it say")
-        return Table(f"{name}: the weakest points", columns, tuple(rows))
+        return _repair_tables.tables(self)
 
     def notes(self) -> tuple[str, ...]:
         """What chose, what measured, and what the intervals cover."""
@@ -631,71 +452,8 @@ class RepairResult(Result):
 
     def panels(self) -> dict[str, Callable[[Axes], None]]:
         """Accuracy against points kept, gains of the repairs, weak points and what stands in their place."""
-        panels: dict[str, Callable[[Axes], None]] = {
-            "Test accuracy on the first points by ridge regression (line, 95 % intervals over initialisations), "
-            "of random orders (dashed) and by influence (dotted)": self.plot
-        }
-        if self.policies:
-            panels[
-                "Gain in test accuracy over the untouched set: the weakest points with 95 % intervals, random points as dots"
-            ] = self._plot_gains
-        for name in self.distilled:
-            kinds = ["as they are", *(f"{p}d" for p in self.mended[name])]
-            panels[f"{name}: its weakest points, " + ", ".join(kinds)] = self._pictures(name)
-        return panels
+        return _repair_figures.panels(self)
 
     def plot(self, ax: Axes) -> None:
         """Test accuracy against the points kept."""
-        for name, curves in self.curves.items():
-            sizes = [*self.sizes[name], len(self.labels[name])]
-            whole = self.untouched[name]
-            found = [Estimate.mean(x.tolist(), INIT) for x in (*curves[0], whole)]
-            ax.plot(sizes, [e.value for e in found], color=colour(name), label=name, lw=1.8, marker="o", ms=3)
-            if math.isfinite(found[0].low):
-                low, high = [e.low for e in found], [e.high for e in found]
-                ax.fill_between(sizes, low, high, color=colour(name), alpha=0.12, lw=0)
-            random = curves[len(ORDERS) :].mean((0, 2)).tolist()
-            for heights, style in ((random, "--"), (curves[1].mean(1).tolist(), ":")):
-                ax.plot(sizes, [*heights, float(whole.mean())], color=colour(name), lw=1.2, ls=style)
-        ax.set_xlabel("points kept")
-        ax.set_ylabel("test accuracy")
-        ax.legend(frameon=False, fontsize=8, loc="lower right")
-        ax.spines[["top", "right"]].set_visible(False)
-
-    def _plot_gains(self, ax: Axes) -> None:
-        names = list(self.repaired)
-        width = 0.8 / len(names)
-        for i, name in enumerate(names):
-            for p, policy in enumerate(self.policies):
-                x = p + (i + 0.5) * width - 0.4
-                draws = (self.repaired[name][p, 1:] - self.untouched[name]).mean(1)
-                ax.plot(
-                    [x + 0.25 * width] * len(draws), draws, "o", ms=2.5, color=colour(name), alpha=0.4, mew=0
-                )
-                e = self.gain(name, policy)
-                if math.isfinite(e.low):
-                    ax.errorbar(
-                        x, e.value, [[e.value - e.low], [e.high - e.value]], color=colour(name), lw=1.2
-                    )
-                ax.plot([x], [e.value], "D", ms=4.5, color=colour(name), label=name if not p else None)
-        ax.axhline(0, color="grey", lw=1, ls=":")
-        ax.set_xticks(range(len(self.policies)), self.policies)
-        ax.set_ylabel("gain in test accuracy")
-        ax.legend(frameon=False, fontsize=8)
-        ax.spines[["top", "right"]].set_visible(False)
-
-    def _pictures(self, name: str) -> Callable[[Axes], None]:
-        """Draw a row of weak points, and under it one for each kind of image in their place."""
-
-        def draw(ax: Axes) -> None:
-            pictures = self.pictures[name][:, :SHOWN]
-            c, h, w = pictures.shape[2:]
-            canvas = torch.ones(len(pictures) * (h + 1), pictures.shape[1] * (w + 1), 3)
-            for r, row in enumerate(pictures):
-                for column, image in enumerate(row):
-                    shown = image if c == 3 else image.mean(0, keepdim=True).expand(3, h, w)
-                    canvas[r * (h + 1) :, column * (w + 1) :][:h, :w] = shown.clamp(0, 1).permute(1, 2, 0)
-            ax.imshow(canvas.numpy(force=True), interpolation="nearest")
-            ax.set_axis_off()
-
-        return draw
+        _repair_figures.heights(self, ax)
