@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from distillens import pipeline
+from distillens import pipeline, sessions
 from distillens.analyses.pointwise.provenance import (
     PLACES,
     Provenance,
@@ -250,7 +250,10 @@ def test_donors_that_look_like_the_point_are_found(digits: Splits) -> None:
             assert of(found, name).verdict == "supported", of(found, name)
 
 
-def test_donors_of_real_distillations_repeat(digits: Splits, tmp_path: Path) -> None:
+def test_donors_of_real_distillations_repeat(
+    digits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "cores", lambda: 1)  # starting workers takes longer than the work
     settings = ["steps=40", "batch_real=32", "net.depth=1", "net.width=8", "donors=true"]
     made = [
         pipeline.distill("dm", digits, ipc=2, replicate=r, settings=settings, to=tmp_path / str(r))
@@ -280,7 +283,7 @@ def test_a_set_without_a_record_is_left_out_and_told_how_to_get_one(digits: Spli
     parts = KEY.fold("some").uniform(2, 1, len(digits.train))
     found = ask(Sets({"with": (with_record(one, parts),), "without": (one,)}), digits)
     assert found.distilled == ("with",)
-    assert "No record of donors: without. dm, dc and dsa keep one" in found.notes()[-1]
+    assert "No record of donors: without. dm, m3d, ncfm, dc, dsa and idc keep one" in found.notes()[-1]
     none = ask(Sets({"without": (one,)}), digits)
     assert none.headline() == {} and none.claims() == () and none.tables() == ()
     assert "--set donors=true in distill" in none.notes()[0]
