@@ -9,6 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
@@ -140,6 +141,7 @@ def weaker(direction: Literal["greater", "less"], first: Estimate, second: Estim
     return max(first, second, key=lambda one: (one.high, one.value))
 
 
+@lru_cache(maxsize=256)  # scipy takes longer for one than an analysis's claims take together
 def _t_quantile(level: float, freedom: float) -> float:
     from scipy.stats import t
 
