@@ -120,7 +120,7 @@ def felt(
     together: int,
     factor: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features, and what they do when images [k, n, c, h, w] move along ways of that shape: one product in forward mode.
+    """Features, and what they do when images [k, n, c, h, w] move along ways of that shape.
 
     Both are [k, factor^2 n, d], of what a class's images decode to in the decoder's order; each moves with the image that it is a patch of.
     """
@@ -128,17 +128,17 @@ def felt(
     for first in range(0, len(images), together):
         part = slice(first, first + together)
         own, way, still = (
-            shown(
-                decoded(x, factor), draws[part]
-            ).contiguous()  # torch's forward mode of group norm asks for it
+            shown(decoded(x, factor), draws[part])
             for x in (images[part], ways[part], torch.zeros_like(ways[part]))
         )
-
-        def seen(x: torch.Tensor) -> torch.Tensor:
-            return view.net.features(view.params, view.buffers, x, view.mode)[0]
-
+        leaf = own.detach().requires_grad_()
+        at, _ = view.net.features(view.params, view.buffers, leaf, view.mode)
+        # J' p is linear in p, so that its derivative there is J: faster than forward mode, whose group norm is Python.
+        pulled = torch.zeros_like(at).requires_grad_()
+        (back,) = torch.autograd.grad(at, leaf, pulled, create_graph=True)
         # Decoding and augmentation are affine in the image: what they do to a difference is exact.
-        found.append(torch.func.jvp(seen, (own,), (way - still,)))
+        (moving,) = torch.autograd.grad(back, pulled, way - still)
+        found.append((at.detach(), moving))
     at, moving = (torch.cat([pair[one] for pair in found]) for one in (0, 1))
     return by_class(at, len(images)), by_class(moving, len(images))
 

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -193,6 +193,13 @@ class Match:
 
         A class's gradient is that of a network of its own: the classes are a population with the same parameters.
         """
+        leaves, loss = self.loss(network, x, classes)
+        return [g.flatten(0, 1) for g in torch.autograd.grad(loss, leaves, create_graph=keep)]
+
+    def loss(
+        self, network: Network, x: torch.Tensor, classes: torch.Tensor
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """The sum over rows of images [m, n, c, h, w] of the mean loss on each, and what it depends on: the weights [m, ...]."""
         m = len(x)
         leaves = {
             n: p.detach().expand(m, *p.shape).clone().requires_grad_() for n, p in network.params.items()
@@ -201,8 +208,7 @@ class Match:
         logits, _ = logits_of_many(network.net, leaves, buffers, x, "evaluate")
         labels = classes.repeat_interleave(x.shape[1])
         loss = m * F.cross_entropy(logits.flatten(0, 1), labels)
-        weights = [leaves[name] for name in self.weights]
-        return [g.flatten(0, 1) for g in torch.autograd.grad(loss, weights, create_graph=keep)]
+        return [leaves[name] for name in self.weights], loss
 
 
 def _classes(images: torch.Tensor, first: int) -> torch.Tensor:
@@ -294,48 +300,33 @@ def _pushes(
     ways: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What a real image's own gradient is multiplied with, flat and for each stored image [k, n, p], and what is added, [k, n]."""
-    names = match.weights
-    own = {name: network.params[name].detach() for name in names}
-
-    def loss(weights: Params, image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        logits, _ = network.net.logits(
-            {**network.params, **weights}, network.buffers, image[None], "evaluate"
-        )
-        return F.cross_entropy(logits, label[None])
-
-    each = torch.vmap(torch.func.grad(loss), (None, 0, 0))
     push = PUSHES[match.distance]
     k, n = images.shape[:2]
-    together = max(1, NUMBERS // (match.shown * sum(weight.numel() for weight in own.values())))
+    together = max(1, NUMBERS // (match.shown * sum(network.params[name].numel() for name in match.weights)))
     pulls, common = [], []
     for first in range(0, k, together):
         part = slice(first, first + together)
         seen, way, still = (
-            match.augmented(match.decode(x, first), first).contiguous()  # as ``felt``
+            match.augmented(match.decode(x, first), first)
             for x in (images[part], ways[part], torch.zeros_like(ways[part]))
         )
-        # Decoding and augmentation are affine in the image: what they do to a difference is exact.
-        along = way - still
         m, views = seen.shape[:2]
-        labels = torch.arange(first, first + m, device=images.device).repeat_interleave(views)
+        labels = _classes(seen, first).repeat_interleave(views)
         # Stored images as plain as their number say which of them a view is a part of.
         plain = torch.arange(n, device=images.device).to(images)[None, :, None, None, None]
         whose = match.decode(plain.expand_as(images[part]), first).flatten(2).mean(2).round().long()
         whose = F.one_hot(whose, n).mT.to(images) / views  # [m, n, views]: of the mean over views
 
-        def slopes(x: torch.Tensor, labels: torch.Tensor = labels) -> Params:
-            one_by_one: Params = each(own, x, labels)
-            return one_by_one
-
-        at, moving = cast(
-            "tuple[Params, Params]",
-            torch.func.jvp(slopes, (seen.flatten(0, 1),), (along.flatten(0, 1),)),
-        )
+        leaf = seen.flatten(0, 1)[:, None].detach().requires_grad_()  # each view a class of its own
+        weights, loss = match.loss(network, leaf, labels)
+        by_image, *at = torch.autograd.grad(loss, [leaf, *weights], create_graph=True)
+        # Decoding and augmentation are affine in the image: what they do to a difference is exact.
+        moving = torch.autograd.grad(by_image, weights, (way - still).flatten(0, 1)[:, None])
         pieces, added = [], images.new_zeros(m, n)
-        for name, wanted in zip(names, rows, strict=True):
+        for wanted, slope, change in zip(rows, at, moving, strict=True):
             t = wanted[part]  # [m, units, ...]
-            s = at[name].reshape(m, views, *t.shape[1:]).mean(1)
-            move = (whose @ moving[name].reshape(m, views, -1)).view(m, n, *t.shape[1:])
+            s = slope.detach().reshape(m, views, *t.shape[1:]).mean(1)
+            move = (whose @ change.reshape(m, views, -1)).view(m, n, *t.shape[1:])
             piece, more = push(t, s, move)
             pieces.append(piece.flatten(2))
             added = added + more

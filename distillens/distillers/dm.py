@@ -145,7 +145,7 @@ def shares(
     The gradient of the loss is that of the mean of ||psi_i - mean psi(S)||^2 over the real images i: their squared distances differ
     from the distance of their mean by what does not depend on S. So it is a sum over real images, exactly, and a
     real image's part is the derivative of its term along the way ``back`` r [k, n, c, h, w]: 2 (mean psi(S) - psi_i).(J r) / (n b |r|).
-    J r is one product in forward mode for all distilled images together.
+    J r is one product for all distilled images together (``felt``).
     """
     n, b = images.shape[1], real.shape[1]
     at, moving = felt(view, images, back, draws, together)

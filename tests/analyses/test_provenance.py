@@ -460,6 +460,8 @@ def test_a_set_without_a_record_is_left_out_and_told_how_to_get_one(digits: Spli
     parts = KEY.fold("some").uniform(2, 1, len(digits.train))
     found = ask(Sets({"with": (with_record(one, parts),), "without": (one,)}), digits)
     assert found.distilled == ("with",)
+    both = ask(Sets({"one of two": (with_record(one, parts), one)}), digits)
+    assert (both.distilled, both.silent) == ((), ("one of two",))
     assert "No record of donors: without. dm, m3d, ncfm, dc, dsa and idc keep one" in found.notes()[-1]
     none = ask(Sets({"without": (one,)}), digits)
     assert none.headline() == {} and none.claims() == () and none.tables() == ()

@@ -434,6 +434,17 @@ def test_each_image_counts_along_its_own_way(name: str) -> None:
     assert not torch.allclose(parts[0], first[0], rtol=0.1)
 
 
+def test_idc_has_one_match_a_step() -> None:
+    method, problem = asked("idc")
+    method = replace(method, steps=6, donors_every=3)
+    state = method.start(problem)
+    for i in range(method.steps):
+        before = state
+        state, _ = method.step(problem, state, i)
+        on_record = int(KEY.fold("step", i).fold("donors").integers(3, 1)) == 0
+        assert torch.equal(state.tensors["donors.met"], before.tensors["donors.met"]) is not on_record
+
+
 @pytest.mark.parametrize("every", [1, 2, 4])
 def test_of_so_many_matches_one_is_on_record_and_one_a_step_at_most(every: int) -> None:
     problem = problem_of()
