@@ -15,11 +15,12 @@ HALVES = 2  # steps of even and of odd number
 class Donors:
     """What each real training image gave to the way of the distilled images of its class.
 
-    Of each step counts what it adds to the distance from the start; that is shared out among the real images of its batch. An image's part
-    is what it contributed, along the way so far, before learning rate and momentum, in units of the data's space. Parts have a sign.
+    Of each step on record counts what its gradient adds to the distance from the start; that is shared out among the real images of its batch. An
+    image's part is what it contributed, along the way so far, before learning rate, momentum and what an optimiser makes of it, in units of the
+    data's space. Parts have a sign.
     ``parts`` [2, p, n] sums them: entry (h, j, i) is what real training image i gave to the j-th of the p distilled images of
     *its class*, in steps of even (h = 0) and of odd number. Of other classes' images nothing comes: methods that keep this record match class by
-    class. ``met`` [2, n] int64 counts the batches that image i was in.
+    class. ``met`` [2, n] int64 counts the batches on record that image i was in.
     """
 
     parts: torch.Tensor

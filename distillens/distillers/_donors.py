@@ -7,28 +7,32 @@ import torch
 from distillens.core.checks import UserError
 from distillens.core.contracts import Net, Problem, State
 from distillens.core.donors import HALVES, Donors
-from distillens.distillers._pixels import begin
+from distillens.core.rng import Key
 
 PARTS, MET, START = "donors.parts", "donors.met", "donors.start"
+
+ROUNDING = 16  # times the precision and an image's length: what is less is no move
+EVERY = 5  # matches of gradients of which one is on record: single images' gradients cost about two matches
 
 # What a user is told who asks a method for donors that keeps no such record.
 FOLLOWS = {
     "donors": "real images reach its steps through whole trainings of experts, which blend them: no part of a step is one image's"
 }
 UNROLLS = {
-    "donors": "it keeps no record of them yet, though its loss is a sum over real images; dm, dc and dsa do"
+    "donors": "its loss is a sum over real images, but to tell their parts apart takes a way through the whole training for each image"
 }
-MATCHES = {"donors": "it keeps no record of them yet; dm, dc and dsa do"}
+KERNELS = {
+    "donors": "every real image, of whatever class, moves every point of its regression; the record is of donors of a point's own class"
+}
 SELECTS = {"donors": "its points are real images, and the set says which (chosen)"}
 
 
-def begun(problem: Problem, images: torch.Tensor, net: Net, donors: bool) -> State:
+def begun(problem: Problem, state: State, net: Net, donors: bool) -> State:
     """The state before the first step, with an empty record where donors are asked for.
 
     Raises:
         UserError: donors are asked for under a network that mixes images.
     """
-    state = begin(images)
     if not donors:
         return state
     if net.mixes_examples:
@@ -37,7 +41,7 @@ def begun(problem: Problem, images: torch.Tensor, net: Net, donors: bool) -> Sta
             got=f"{type(net).__name__}, whose batch norm lets every image of a batch change the others'",
             fix="choose another norm, or leave donors out",
         )
-    n = len(problem.real)
+    n, images = len(problem.real), state.tensors["images"]
     record = {
         PARTS: images.new_zeros(HALVES, problem.ipc, n),
         MET: torch.zeros(HALVES, n, dtype=torch.int64, device=images.device),
@@ -53,9 +57,17 @@ def way_back(state: State, gradient: torch.Tensor) -> torch.Tensor:
     is in, only because the step leans towards it. What came before does not know this batch. An image that has
     not moved yet has its first gradient's direction.
     """
-    back = (state.tensors[START] - state.tensors["images"]).reshape(gradient.shape)
-    moved = back.flatten(2).norm(dim=2) > 0
+    start = state.tensors[START].reshape(gradient.shape)
+    back = start - state.tensors["images"].reshape(gradient.shape)
+    # The way to pixels and back rounds: that is no move.
+    rounding = ROUNDING * torch.finfo(start.dtype).eps * start.flatten(2).norm(dim=2)
+    moved = back.flatten(2).norm(dim=2) > rounding
     return torch.where(moved[..., None, None, None], back, gradient)
+
+
+def told(key: Key, matches: int, every: int) -> int:
+    """Which of a step's matches is on record, drawn at random: one of ``every``, one a step at most; none where it is beyond the last."""
+    return int(key.fold("donors").integers(max(matches, every), 1))
 
 
 def over_length(parts: torch.Tensor, along: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from distillens.augment import Draw
 from distillens.core.contracts import Buffers, Like, Mode, Net, Params, Problem
 from distillens.core.rng import Key
 from distillens.distillers import _pixels
+from distillens.distillers._formations import decoded
 
 Draws = Sequence[Draw | None]  # one a class, the same for its real and its distilled images
 Summary = Callable[[torch.Tensor], torch.Tensor]  # features [m, n, d] -> [m, ...]
@@ -71,6 +72,11 @@ class View:
             )
 
 
+def themselves(features: torch.Tensor) -> torch.Tensor:
+    """Features as their own summary."""
+    return features
+
+
 def classes_at_once(net: Net, mode: Mode, images: int, like: Like) -> int:
     """How many classes of so many images go through a network at once."""
     if mode == "train" and net.mixes_examples:
@@ -104,6 +110,42 @@ def slope(
         gradients.append(torch.autograd.grad(own.sum(), leaf)[0])
         losses.append(own.detach())
     return torch.cat(losses), torch.cat(gradients)
+
+
+def felt(
+    view: View,
+    images: torch.Tensor,
+    ways: torch.Tensor,
+    draws: Draws,
+    together: int,
+    factor: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features, and what they do when images [k, n, c, h, w] move along ways of that shape.
+
+    Both are [k, factor^2 n, d], of what a class's images decode to in the decoder's order; each moves with the image that it is a patch of.
+    """
+    found = []
+    for first in range(0, len(images), together):
+        part = slice(first, first + together)
+        own, way, still = (
+            shown(decoded(x, factor), draws[part])
+            for x in (images[part], ways[part], torch.zeros_like(ways[part]))
+        )
+        leaf = own.detach().requires_grad_()
+        at, _ = view.net.features(view.params, view.buffers, leaf, view.mode)
+        # J' p is linear in p, so that its derivative there is J: faster than forward mode, whose group norm is Python.
+        pulled = torch.zeros_like(at).requires_grad_()
+        (back,) = torch.autograd.grad(at, leaf, pulled, create_graph=True)
+        # Decoding and augmentation are affine in the image: what they do to a difference is exact.
+        (moving,) = torch.autograd.grad(back, pulled, way - still)
+        found.append((at.detach(), moving))
+    at, moving = (torch.cat([pair[one] for pair in found]) for one in (0, 1))
+    return by_class(at, len(images)), by_class(moving, len(images))
+
+
+def of_stored(items: torch.Tensor, factor: int) -> torch.Tensor:
+    """Sums [k, n, ...] over what each stored image decodes to, of items [k, factor^2 n, ...] in the decoder's order."""
+    return items.reshape(len(items), factor**2, -1, *items.shape[2:]).sum(1)
 
 
 def by_class(items: torch.Tensor, k: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,10 @@ from distillens.core.contracts import Buffers, Like, Log, Net, Params, Problem, 
 from distillens.core.recipe import Recipe
 from distillens.core.rng import Key
 from distillens.core.vector import Shapes
-from distillens.distillers._donors import begun, credited, over_length, recorded, way_back
+from distillens.distillers._donors import EVERY, begun, credited, over_length, recorded, told, way_back
 from distillens.distillers._pixels import (
     Init,
+    begin,
     check_finite,
     classes_together,
     drawn,
@@ -145,12 +146,6 @@ class Match:
     shown: int
     decode: Decoding
 
-    def __call__(
-        self, network: Network, like: Like, real: torch.Tensor, images: torch.Tensor
-    ) -> tuple[float, torch.Tensor]:
-        """The distance from real images [k, b, c, h, w], and its gradient [k * n, c, h, w] in the stored images [k, n, c, h, w]."""
-        return self.slope(network, like, self.targets(network, like, real), images)
-
     def targets(self, network: Network, like: Like, real: torch.Tensor) -> list[torch.Tensor]:
         """The gradients [k * units, ...] of each class's mean loss on its real images [k, b, c, h, w].
 
@@ -198,6 +193,13 @@ class Match:
 
         A class's gradient is that of a network of its own: the classes are a population with the same parameters.
         """
+        leaves, loss = self.loss(network, x, classes)
+        return [g.flatten(0, 1) for g in torch.autograd.grad(loss, leaves, create_graph=keep)]
+
+    def loss(
+        self, network: Network, x: torch.Tensor, classes: torch.Tensor
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """The sum over rows of images [m, n, c, h, w] of the mean loss on each, and what it depends on: the weights [m, ...]."""
         m = len(x)
         leaves = {
             n: p.detach().expand(m, *p.shape).clone().requires_grad_() for n, p in network.params.items()
@@ -206,8 +208,7 @@ class Match:
         logits, _ = logits_of_many(network.net, leaves, buffers, x, "evaluate")
         labels = classes.repeat_interleave(x.shape[1])
         loss = m * F.cross_entropy(logits.flatten(0, 1), labels)
-        weights = [leaves[name] for name in self.weights]
-        return [g.flatten(0, 1) for g in torch.autograd.grad(loss, weights, create_graph=keep)]
+        return [leaves[name] for name in self.weights], loss
 
 
 def _classes(images: torch.Tensor, first: int) -> torch.Tensor:
@@ -266,18 +267,16 @@ def shares(
     target: Sequence[torch.Tensor],
     real: torch.Tensor,
     images: torch.Tensor,
-    back: torch.Tensor,
+    ways: torch.Tensor,
 ) -> torch.Tensor:
-    """What each real image of a batch gave to the way of each distilled image of its class [k, n, b], for the cosine distance.
+    """What each real image of a batch gives to the distance when images [k, n, c, h, w] move along ways of that shape, [k, n, b].
 
-    Of each row the distance is 1 - t.s / (|t| |s|), t being the mean of the real images' own gradients g_i and s that of the distilled ones. Given
-    the length |t| it is a sum over real images, of -(g_i / b).s / (|t| |s|), and a real image's part is the derivative of its term along
-    the way ``back`` [k, n, c, h, w], over its length: the parts of a batch sum to the derivative of the distance. That each image has a hand in
-    |t| too, which scales a row's terms all alike, is left out: what a step would be without an image is known to first order only.
+    The target is the mean of the real images' own gradients, and the distance's derivative along a way is a sum over them (``Push``): exactly
+    for ``squared``, given the length of the target for ``cosine``. An image's part is its own term.
     """
     k, b = len(images), real.shape[1]
     rows = [t.reshape(k, t.shape[0] // k, -1) for t in target]
-    pulls = _pulls(network, match, rows, images, back)
+    pulls, common = _pushes(network, match, rows, images, ways)
     classes = torch.arange(k, device=real.device)[:, None]
     size = max(1, NUMBERS // pulls.shape[2])
     found = []
@@ -289,59 +288,75 @@ def shares(
                 alone = match.gradients(network, piece[:, None], classes[c].expand(len(piece)), keep=False)
                 flat = torch.cat([g.reshape(len(piece), -1) for g in alone], 1)
                 parts.append(pulls[c] @ flat.T)
-        found.append(torch.cat(parts, 1) / b)
-    return over_length(torch.stack(found), back)
+        found.append((torch.cat(parts, 1) + common[c, :, None]) / b)
+    return torch.stack(found)
 
 
-def _pulls(
+def _pushes(
     network: Network,
     match: Match,
     rows: Sequence[torch.Tensor],
     images: torch.Tensor,
-    back: torch.Tensor,
-) -> torch.Tensor:
-    """What a real image's own gradient is multiplied with, flat and for each distilled image [k, n, p], to have its part in the way."""
-    names = match.weights
-    own = {name: network.params[name].detach() for name in names}
-
-    def loss(weights: Params, image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        logits, _ = network.net.logits(
-            {**network.params, **weights}, network.buffers, image[None], "evaluate"
-        )
-        return F.cross_entropy(logits, label[None])
-
-    each = torch.vmap(torch.func.grad(loss), (None, 0, 0))
+    ways: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a real image's own gradient is multiplied with, flat and for each stored image [k, n, p], and what is added, [k, n]."""
+    push = PUSHES[match.distance]
     k, n = images.shape[:2]
-    together = max(1, NUMBERS // (n * sum(weight.numel() for weight in own.values())))
-    zero = torch.zeros_like(images)
-    found = []
+    together = max(1, NUMBERS // (match.shown * sum(network.params[name].numel() for name in match.weights)))
+    pulls, common = [], []
     for first in range(0, k, together):
         part = slice(first, first + together)
-        seen = match.augmented(images[part], first)
-        # An augmentation is affine in the image: what it does to a difference is exact.
-        along = match.augmented(back[part], first) - match.augmented(zero[part], first)
-        m = len(seen)
-        labels = torch.arange(first, first + m, device=images.device).repeat_interleave(n)
-
-        def slopes(x: torch.Tensor, labels: torch.Tensor = labels) -> Params:
-            one_by_one: Params = each(own, x, labels)
-            return one_by_one
-
-        at, moving = cast(
-            "tuple[Params, Params]",
-            torch.func.jvp(slopes, (seen.flatten(0, 1),), (along.flatten(0, 1),)),
+        seen, way, still = (
+            match.augmented(match.decode(x, first), first)
+            for x in (images[part], ways[part], torch.zeros_like(ways[part]))
         )
-        pieces = []
-        for name, wanted in zip(names, rows, strict=True):
+        m, views = seen.shape[:2]
+        labels = _classes(seen, first).repeat_interleave(views)
+        # Stored images as plain as their number say which of them a view is a part of.
+        plain = torch.arange(n, device=images.device).to(images)[None, :, None, None, None]
+        whose = match.decode(plain.expand_as(images[part]), first).flatten(2).mean(2).round().long()
+        whose = F.one_hot(whose, n).mT.to(images) / views  # [m, n, views]: of the mean over views
+
+        leaf = seen.flatten(0, 1)[:, None].detach().requires_grad_()  # each view a class of its own
+        weights, loss = match.loss(network, leaf, labels)
+        by_image, *at = torch.autograd.grad(loss, [leaf, *weights], create_graph=True)
+        # Decoding and augmentation are affine in the image: what they do to a difference is exact.
+        moving = torch.autograd.grad(by_image, weights, (way - still).flatten(0, 1)[:, None])
+        pieces, added = [], images.new_zeros(m, n)
+        for wanted, slope, change in zip(rows, at, moving, strict=True):
             t = wanted[part]  # [m, units, ...]
-            s = at[name].reshape(m, n, *t.shape[1:]).mean(1)
-            move = moving[name].reshape(m, n, *t.shape[1:]) / n  # one image moves, the mean by an n-th
-            long, short = t.norm(dim=2)[:, None, :, None], s.norm(dim=2)[:, None, :, None]
-            s, both = s[:, None], long * short + EPSILON
-            stretch = (move * s).sum(3, keepdim=True) * long / short.clamp(min=torch.finfo(s.dtype).tiny)
-            pieces.append(((stretch * s / both - move) / both).flatten(2))
-        found.append(torch.cat(pieces, 2))
-    return torch.cat(found)
+            s = slope.detach().reshape(m, views, *t.shape[1:]).mean(1)
+            move = (whose @ change.reshape(m, views, -1)).view(m, n, *t.shape[1:])
+            piece, more = push(t, s, move)
+            pieces.append(piece.flatten(2))
+            added = added + more
+        pulls.append(torch.cat(pieces, 2))
+        common.append(added)
+    return torch.cat(pulls), torch.cat(common)
+
+
+# Rows [m, units, q] of a class's target t and own gradient s, and derivatives [m, n, units, q] of s as each image moves -> the factors [m, n, units, q]
+# and what is added to their products with a real image's own gradient g [m, n], for that image's term of the distance's derivative.
+Push = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def _by_cosine(t: torch.Tensor, s: torch.Tensor, move: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Given |t| a row's 1 - t.s / (|t| |s|) is a sum over real images, of -(g / b).s / (|t| |s|).
+
+    That each image has a hand in |t| too, which scales a row's terms all alike, is left out.
+    """
+    long, short = t.norm(dim=2)[:, None, :, None], s.norm(dim=2)[:, None, :, None]
+    s, both = s[:, None], long * short + EPSILON
+    stretch = (move * s).sum(3, keepdim=True) * long / short.clamp(min=torch.finfo(s.dtype).tiny)
+    return (stretch * s / both - move) / both, move.new_zeros(move.shape[:2])
+
+
+def _by_square(t: torch.Tensor, s: torch.Tensor, move: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The derivative of |t - s|^2 is 2 (s - t).s', and t the mean of the g: exactly a sum."""
+    return -2 * move, 2 * (move * s[:, None]).sum((2, 3))
+
+
+PUSHES: Mapping[Distance, Push] = {cosine: _by_cosine, squared: _by_square}
 
 
 @dataclass(frozen=True)
@@ -352,8 +367,8 @@ class Alternating(ABC):
     ``inner_loop`` passes of training on S after each but the last. Where the network remembers statistics (batch norm), a pass
     over 16 real images a class sets them before each match, which holds them constant; training moves them on.
 
-    ``donors`` writes down which real images the images moved towards (``shares``): of one match of each step, drawn at random, since it
-    costs about two more.
+    ``donors`` writes down which real images the images moved towards (``shares``): of one match in ``donors_every``, one a step at most, drawn
+    at random, since it costs about two more.
     """
 
     paper: ClassVar[str] = ""
@@ -374,13 +389,19 @@ class Alternating(ABC):
     init: Init = "noise"
     net: Net = field(default_factory=ConvNet)
     donors: bool = False
+    donors_every: int = EVERY
 
     def __post_init__(self) -> None:
         name = type(self).__module__.rpartition(".")[2]
         at_least(0, name, steps=self.steps, momentum=self.momentum, inner_loop=self.inner_loop)
         positive(name, lr_img=self.lr_img, lr_net=self.lr_net)
         at_least(
-            1, name, outer_loop=self.outer_loop, batch_real=self.batch_real, batch_train=self.batch_train
+            1,
+            name,
+            outer_loop=self.outer_loop,
+            batch_real=self.batch_real,
+            batch_train=self.batch_train,
+            donors_every=self.donors_every,
         )
         one_of("init", self.init, ("real", "noise"))
         augment.parse(self.strategy)
@@ -400,7 +421,7 @@ class Alternating(ABC):
         Raises:
             UserError: donors are asked for under a network that mixes images.
         """
-        return begun(problem, initial(problem, self.init), self.net, self.donors)
+        return begun(problem, begin(initial(problem, self.init)), self.net, self.donors)
 
     def step(self, problem: Problem, state: State, i: int) -> tuple[State, Log]:
         """One outer iteration: a fresh network is matched and trained in turn."""
@@ -408,7 +429,7 @@ class Alternating(ABC):
         network = Network.fresh(self.net, problem, key.fold("net"))
         weights = tuple(name for name, p in network.params.items() if p.ndim > 1)
         k = problem.real.k
-        told = int(key.fold("donors").integers(self.outer_loop, 1))
+        on_record = told(key, self.outer_loop, self.donors_every)
         total = 0.0
         for turn in range(self.outer_loop):
             place = key.fold("turn", turn)
@@ -421,10 +442,10 @@ class Alternating(ABC):
             own = images.reshape(k, problem.ipc, *images.shape[1:])
             target = match.targets(network, problem.real, real)
             loss, gradient = match.slope(network, problem.real, target, own)
-            if self.donors and turn == told:
+            if self.donors and turn == on_record:
                 back = way_back(state, gradient.reshape(own.shape))
                 parts = shares(network, match, target, real, own, back)
-                state = credited(state, index, parts, i)
+                state = credited(state, index, over_length(parts, back), i)
             state = moved(state, gradient, self.lr_img, self.momentum)
             total += loss
             if turn < self.outer_loop - 1:

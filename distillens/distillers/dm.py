@@ -19,12 +19,12 @@ from distillens.distillers._features import (
     View,
     by_class,
     draws_of,
+    felt,
     matching_bytes,
     per_class,
-    shown,
     slope,
 )
-from distillens.distillers._pixels import Init, finished, initial, moved, real_index, small
+from distillens.distillers._pixels import Init, begin, finished, initial, moved, real_index, small
 from distillens.nets.convnet import ConvNet
 
 
@@ -83,7 +83,7 @@ class DM:
         Raises:
             UserError: donors are asked for under a network that mixes images.
         """
-        return begun(problem, initial(problem, self.init), self.net, self.donors)
+        return begun(problem, begin(initial(problem, self.init)), self.net, self.donors)
 
     def step(self, problem: Problem, state: State, i: int) -> tuple[State, Log]:
         """One matching step under a fresh network."""
@@ -145,23 +145,9 @@ def shares(
     The gradient of the loss is that of the mean of ||psi_i - mean psi(S)||^2 over the real images i: their squared distances differ
     from the distance of their mean by what does not depend on S. So it is a sum over real images, exactly, and a
     real image's part is the derivative of its term along the way ``back`` r [k, n, c, h, w]: 2 (mean psi(S) - psi_i).(J r) / (n b |r|).
-    J r is one product in forward mode for all distilled images together.
+    J r is one product for all distilled images together (``felt``).
     """
     n, b = images.shape[1], real.shape[1]
-    found = []
-    for first in range(0, len(images), together):
-        part = slice(first, first + together)
-        own = draws[part]
-        # An augmentation is affine in the image: what it does to a difference is exact.
-        along = shown(back[part], own) - shown(torch.zeros_like(back[part]), own)
-
-        def seen(x: torch.Tensor) -> torch.Tensor:
-            return view.net.features(view.params, view.buffers, x, view.mode)[0]
-
-        at, moving = (
-            value.reshape(-1, n, real.shape[2])
-            for value in torch.func.jvp(seen, (shown(images[part], own),), (along,))
-        )
-        away = (at.mean(1, keepdim=True) * moving).sum(2, keepdim=True) - moving @ real[part].mT
-        found.append(2 / (n * b) * away)
-    return over_length(torch.cat(found), back)
+    at, moving = felt(view, images, back, draws, together)
+    away = (at.mean(1, keepdim=True) * moving).sum(2, keepdim=True) - moving @ real.mT
+    return over_length(2 / (n * b) * away, back)

@@ -18,7 +18,7 @@ from distillens.core.labels import Targets
 from distillens.core.recipe import Recipe
 from distillens.core.rng import Key
 from distillens.core.vector import Shapes
-from distillens.distillers._donors import UNROLLS
+from distillens.distillers._donors import KERNELS
 from distillens.distillers._kernel import centred, dual, flops_a_pass, lamb_moved, share_right
 from distillens.distillers._pixels import (
     Init,
@@ -63,7 +63,7 @@ class FRePo:
     soft_labels: ClassVar[bool] = True
     learns_lr: ClassVar[bool] = False
     needs_experts: ClassVar[bool] = False
-    lacks: ClassVar[Mapping[str, str]] = UNROLLS
+    lacks: ClassVar[Mapping[str, str]] = KERNELS
 
     steps: int = 500_000
     lr: float = 0.0003

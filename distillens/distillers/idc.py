@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,15 +17,17 @@ from distillens.core.dataset import Dataset
 from distillens.core.decode import MultiFormation
 from distillens.core.recipe import Recipe
 from distillens.core.rng import Key
-from distillens.distillers._donors import MATCHES
+from distillens.distillers._donors import EVERY, begun, credited, over_length, recorded, told, way_back
 from distillens.distillers._formations import decoded, in_range, mixed, per_pixel
 from distillens.distillers._gradient import (
+    PUSHES,
     Match,
     Network,
     absolute,
     cosine,
     match_memory,
     match_work,
+    shares,
     squared,
     trained,
 )
@@ -36,7 +38,7 @@ from distillens.distillers._pixels import (
     finished,
     initial,
     moved,
-    real_batch,
+    real_index,
     small,
 )
 from distillens.nets.convnet import ConvNet
@@ -64,6 +66,8 @@ class IDC:
     in the steps of the others; ``sum`` once, by the gradient of the sum. The published rates belong to ``class``, which
     costs no more here (a class's gradient does not depend on the others' images), so it is the default.
 
+    ``donors`` writes down which real images steps came from, of one match in ``donors_every`` at random; not for ``metric=l1``.
+
     Source: Kim et al. 2022, equations 5 and 6, algorithm 1; ``condense.py``. Batch norm as DC: a pass over 16 real images a
     class sets its statistics before each match, which holds them constant (their networks have instance norm). Where we
     differ: the stored images are in the data's space and are moved there as their pixels would be; the network that is
@@ -76,7 +80,6 @@ class IDC:
     soft_labels: ClassVar[bool] = False
     learns_lr: ClassVar[bool] = False
     needs_experts: ClassVar[bool] = False
-    lacks: ClassVar[Mapping[str, str]] = MATCHES
 
     steps: int = 200_000
     inner_loop: int = 100
@@ -101,12 +104,14 @@ class IDC:
     cutmix: float = 0.5
     init: Init = "real"
     net: Net = field(default_factory=ConvNet)
+    donors: bool = False
+    donors_every: int = EVERY
 
     def __post_init__(self) -> None:
         at_least(0, "idc", steps=self.steps, early=self.early, n_data=self.n_data, momentum=self.momentum)
         at_least(1, "idc", inner_loop=self.inner_loop, fix_iter=self.fix_iter, factor=self.factor)
         at_least(1, "idc", batch_real=self.batch_real, batch_syn_max=self.batch_syn_max)
-        at_least(1, "idc", base=self.base)
+        at_least(1, "idc", base=self.base, donors_every=self.donors_every)
         positive("idc", lr_img=self.lr_img)
         if self.momentum >= 1:
             raise UserError("idc: momentum must be below 1", got=f"{self.momentum!r}")
@@ -116,6 +121,12 @@ class IDC:
         one_of("init", self.init, ("real", "noise"))
         augment.parse(self.augment)
         augment.parse(self.augment_net)
+        if self.donors and METRICS[self.metric] not in PUSHES:
+            raise UserError(
+                "idc keeps no record of donors for this metric: a step follows the signs of differences, which are no one image's",
+                got=f"metric={self.metric}",
+                fix="set metric=mse or metric=cos, or leave donors out",
+            )
         self._recipe(0)  # refuses what no training could be
 
     @classmethod
@@ -152,7 +163,8 @@ class IDC:
         """The initial images, and the first network.
 
         Raises:
-            UserError: the network has none of the layers whose gradients are matched.
+            UserError: the network has none of the layers whose gradients are matched, or donors are asked for under one that mixes
+                images.
         """
         images = mixed(problem, self.factor) if self.init == "real" else initial(problem, self.init)
         network = Network.fresh(self.net, problem, problem.key.fold("net"))
@@ -162,8 +174,9 @@ class IDC:
                 got=type(self.net).__name__,
                 fix="set layers=weights",
             )
-        state = begin(images)
-        return State({**state.tensors, **network.tensors()}, state.values)
+        # The first step brings the images into the range of pixels: that is no way.
+        state = begun(problem, begin(in_range(images, problem.real.space)), self.net, self.donors)
+        return State({**state.tensors, "images": images, **network.tensors()}, state.values)
 
     def step(self, problem: Problem, state: State, i: int) -> tuple[State, Log]:
         """One match, and the network's training after it."""
@@ -191,10 +204,18 @@ class IDC:
             self._shown(problem),
             lambda own, first: self._decoded(own, first, key.fold("shown")),
         )
-        real = real_batch(problem, key.fold("real"), self.batch_real)
-        stored = state.tensors["images"]
-        loss, gradient = match(network, problem.real, real, stored.reshape(k, n, *stored.shape[1:]))
-        gradient = per_pixel(problem.real.space, stored, gradient)
+        index = real_index(problem, key.fold("real"), self.batch_real)
+        real = images[index]
+        stored, space = state.tensors["images"], problem.real.space
+        own = stored.reshape(k, n, *stored.shape[1:])
+        target = match.targets(network, problem.real, real)
+        loss, gradient = match.slope(network, problem.real, target, own)
+        gradient = per_pixel(space, stored, gradient)
+        if self.donors and told(key, 1, self.donors_every) == 0:
+            back = way_back(state, gradient.view_as(own))
+            ways = per_pixel(space, stored, back.flatten(0, 1)).view_as(own)
+            parts = shares(network, match, target, real, own, ways)
+            state = credited(state, index, over_length(parts, back), i)
         state = self._coasted(moved(state, gradient, rate, self.momentum), after, rate)
 
         if (i + 1) % (self.inner_loop * self.fix_iter) == 0:
@@ -270,6 +291,6 @@ class IDC:
         return match_memory(self.net, problem, self.batch_real, self._shown(problem))
 
     def finish(self, problem: Problem, state: State) -> DistilledDataset:
-        """The stored images, and how they decode."""
+        """The stored images, how they decode, and their donors where they were asked for."""
         decode = MultiFormation(self.factor) if self.factor > 1 else AS_THEY_ARE
-        return finished(problem, state.tensors["images"], decode=decode)
+        return replace(finished(problem, state.tensors["images"], decode=decode), donors=recorded(state))

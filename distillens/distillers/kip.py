@@ -13,7 +13,7 @@ from distillens.core.checks import at_least, one_of, positive
 from distillens.core.contracts import Log, Problem, State
 from distillens.core.dataset import Dataset
 from distillens.core.labels import Targets
-from distillens.distillers._donors import UNROLLS
+from distillens.distillers._donors import KERNELS
 from distillens.distillers._kernel import centred, dual, flops_a_pass, ridged, share_right
 from distillens.distillers._ntk import KEPT, Kernel, ntk
 from distillens.distillers._pixels import (
@@ -57,7 +57,7 @@ class KIP:
     soft_labels: ClassVar[bool] = True
     learns_lr: ClassVar[bool] = False
     needs_experts: ClassVar[bool] = False
-    lacks: ClassVar[Mapping[str, str]] = UNROLLS
+    lacks: ClassVar[Mapping[str, str]] = KERNELS
 
     steps: int = 1000
     lr_img: float = 0.04

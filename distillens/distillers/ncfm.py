@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -19,7 +19,7 @@ from distillens.core.decode import MultiFormation
 from distillens.core.recipe import Recipe
 from distillens.core.rng import Key
 from distillens.core.vector import Shapes
-from distillens.distillers._donors import MATCHES
+from distillens.distillers._donors import begun, credited, over_length, recorded, way_back
 from distillens.distillers._features import (
     Draws,
     Loss,
@@ -27,18 +27,27 @@ from distillens.distillers._features import (
     by_class,
     classes_at_once,
     draws_of,
+    felt,
     matching_bytes,
+    of_stored,
     per_class,
     slope,
 )
-from distillens.distillers._formations import decoded, in_pixels, in_range, mixed, out_of_pixels
+from distillens.distillers._formations import (
+    decoded,
+    in_pixels,
+    in_range,
+    mixed,
+    out_of_pixels,
+    per_pixel,
+)
 from distillens.distillers._pixels import (
     AS_THEY_ARE,
     Init,
     adam_moved,
     finished,
     initial,
-    real_batch,
+    real_index,
     small,
     with_moments,
 )
@@ -74,6 +83,8 @@ class NCFM:
     image moves then depends on how many classes there are, and in the authors' program on how many devices share them.
     ``summed`` (the default) makes one step for the sum; an image moves about sqrt(2 k) times less a step.
 
+    ``donors`` writes down which real images the discrepancy's gradient came from (``shares``).
+
     Source: Wang et al. 2025; ``NCFM.py``, ``Condenser.py``, ``compute_loss.py``. Where we differ:
     real batches are drawn anew (their loader gives the first 1,024 images every time) and gradients are those of the
     present pixels (theirs are up to ten steps old); all classes share a step's frequencies; the sampler gives each
@@ -88,7 +99,6 @@ class NCFM:
     soft_labels: ClassVar[bool] = False
     learns_lr: ClassVar[bool] = False
     needs_experts: ClassVar[bool] = False
-    lacks: ClassVar[Mapping[str, str]] = MATCHES
 
     steps: int = 20_000
     num_freqs: int = 4096
@@ -113,6 +123,7 @@ class NCFM:
         cutmix=0.5,
     )
     net: Net = field(default_factory=ConvNet)
+    donors: bool = False
 
     def __post_init__(self) -> None:
         at_least(
@@ -164,29 +175,40 @@ class NCFM:
         return {"networks": Training(problem.real, self.net, self.recipe, keys, snapshots=(0,))}
 
     def start(self, problem: Problem) -> State:
-        """Images whose patches are real images made smaller, or noise, within the range of pixels; the sampler."""
+        """Images whose patches are real images made smaller, or noise, within the range of pixels; the sampler.
+
+        Raises:
+            UserError: donors are asked for under a network that mixes images.
+        """
         real = problem.real
         images = mixed(problem, self.factor) if self.init == "real" else initial(problem, "noise")
         tensors = {"images": in_range(images, real.space)}
         if self.sampler:
             width = self._views(problem, problem.key)[0].width(problem)
             tensors["sampler"] = fresh_sampler(width, problem.key.fold("sampler")).to(real.images)
-        return with_moments(tensors, rate=self.lr_img, bad=0)
+        return begun(problem, with_moments(tensors, rate=self.lr_img, bad=0), self.net, self.donors)
 
     def step(self, problem: Problem, state: State, i: int) -> tuple[State, Log]:
         """One step of the images, or one for each term and class; one of the sampler, where there is one."""
         key, k, like = problem.key.fold("step", i), problem.real.k, problem.real
         view, trained = self._views(problem, key.fold("net"))
-        real = real_batch(problem, key.fold("real"), self.batch_real)
+        index = real_index(problem, key.fold("real"), self.batch_real)
+        real = like.images[index]
         draws, others = (draws_of(self.augment, key.fold(name), k) for name in ("augment", "calibration"))
         climb = state.tensors["sampler"].detach().requires_grad_() if self.sampler else None
         frequencies = self._frequencies(view, problem, climb, key.fold("frequencies"))
         fixed = frequencies.detach()
+        features: list[torch.Tensor] = []
 
-        def summary(features: torch.Tensor) -> torch.Tensor:
-            return characteristic(features, fixed)
+        def summary(part: torch.Tensor) -> torch.Tensor:
+            return characteristic(part, fixed)
 
-        target = view.targets(real, draws, summary, like)
+        def of_real(part: torch.Tensor) -> torch.Tensor:
+            if self.donors:
+                features.append(part)
+            return summary(part)
+
+        target = view.targets(real, draws, of_real, like)
 
         def matching(own: torch.Tensor, part: slice) -> torch.Tensor:
             found = summary(view.features(decoded(own, self.factor), draws[part]))
@@ -201,7 +223,13 @@ class NCFM:
         terms: dict[str, Loss] = {"loss": matching}
         if self.calibration:
             terms["calibration"] = calibrating
-        after, sums = self._moved(problem, state, terms, i)
+
+        def with_donors(state: State, gradient: torch.Tensor, classes: range) -> State:
+            part = slice(classes.start, classes.stop)
+            parts = self._shares(problem, state, gradient, part, view, draws, torch.cat(features), fixed)
+            return credited(state, index[part], parts, i)
+
+        after, sums = self._moved(problem, state, terms, i, with_donors if self.donors else None)
         after = State(after.tensors, self._judged(after.values, sum(sums.values()) / k))
         if climb is not None:
             uphill = self._uphill(problem, view, real, state.tensors["images"], draws, fixed)
@@ -228,9 +256,17 @@ class NCFM:
         return sampled(sampler, key.fold("latent").normal(self.num_freqs, LATENT).to(noise), noise)
 
     def _moved(
-        self, problem: Problem, state: State, terms: Mapping[str, Loss], i: int
+        self,
+        problem: Problem,
+        state: State,
+        terms: Mapping[str, Loss],
+        i: int,
+        told: Callable[[State, torch.Tensor, range], State] | None = None,
     ) -> tuple[State, dict[str, float]]:
-        """The images after step i, and each term's sum over classes."""
+        """The images after step i, and each term's sum over classes.
+
+        ``told`` is given a state, the gradient [m, n, c, h, w] of the discrepancy there, and of which classes.
+        """
         k, space = problem.real.k, problem.real.space
         together = classes_at_once(self.net, "evaluate", self._shown(problem), problem.real)
         turns: list[tuple[tuple[str, ...], range]] = [(tuple(terms), range(k))]
@@ -244,6 +280,8 @@ class NCFM:
                 losses, found = slope(own, terms[name], together, classes)
                 gradient[classes.start : classes.stop] += found
                 sums[name] += float(losses.sum())
+                if told is not None and name == "loss":
+                    state = told(state, found, classes)
             rate = float(state.values["rate"])
             pixels, pulled = in_pixels(space, state.tensors["images"], gradient.flatten(0, 1))
             # AdamW: what decays is the image, not the gradient.
@@ -257,6 +295,32 @@ class NCFM:
         return State(
             {**state.tensors, "images": in_range(state.tensors["images"], space)}, state.values
         ), sums
+
+    def _shares(
+        self,
+        problem: Problem,
+        state: State,
+        gradient: torch.Tensor,
+        part: slice,
+        view: View,
+        draws: Draws,
+        real: torch.Tensor,
+        frequencies: torch.Tensor,
+    ) -> torch.Tensor:
+        """What each real image, with features ``real`` [k, b, d], gave to the way of the images of some classes [m, n, b]."""
+        images = state.tensors["images"]
+
+        def stepped(change: torch.Tensor) -> torch.Tensor:
+            return per_pixel(problem.real.space, images, change.flatten(0, 1)).view_as(change)
+
+        every = torch.zeros_like(by_class(images, problem.real.k))
+        every[part] = gradient
+        back = way_back(state, stepped(every))
+        own, ways = by_class(images, problem.real.k)[part], stepped(back)[part]
+        together = classes_at_once(self.net, "evaluate", self._shown(problem), problem.real)
+        at, moving = felt(view, own, ways, draws[part], together, self.factor)
+        parts = shares(real[part], at, moving, frequencies, self.amplitude)
+        return over_length(of_stored(parts, self.factor), back[part])
 
     def _judged(self, values: Mapping[str, float | int | str], loss: float) -> dict[str, float | int | str]:
         """The values after a step of this mean loss: the rate is halved after ``patience`` + 1 steps without a best."""
@@ -314,9 +378,9 @@ class NCFM:
         )
 
     def finish(self, problem: Problem, state: State) -> DistilledDataset:
-        """The images, with how they decode."""
+        """The images, with how they decode, and their donors where they were asked for."""
         decode = AS_THEY_ARE if self.factor == 1 else MultiFormation(self.factor)
-        return finished(problem, state.tensors["images"], decode=decode)
+        return replace(finished(problem, state.tensors["images"], decode=decode), donors=recorded(state))
 
 
 def blend(net: Net, problem: Problem, networks: Population, j: int, share: float) -> View:
@@ -341,14 +405,53 @@ def characteristic(features: torch.Tensor, frequencies: torch.Tensor) -> torch.T
 
 
 def distance(real: torch.Tensor, distilled: torch.Tensor, amplitude: float = 0.5) -> torch.Tensor:
-    """The distance [m] of characteristic functions [m, 2, f], averaged over frequencies.
+    """The distance [m] of characteristic functions [m, 2, f], averaged over frequencies."""
+    return distances(real, distilled, amplitude).mean(1)
+
+
+def distances(real: torch.Tensor, distilled: torch.Tensor, amplitude: float) -> torch.Tensor:
+    """How far characteristic functions [m, 2, f] are apart at each frequency [m, f].
 
     Equal ones have the distance 0 and no gradient.
     """
     lengths = [_root(phi.square().sum(1)) for phi in (real, distilled)]
     apart = (lengths[0] - lengths[1]).square()
     turned = 2 * (lengths[0] * lengths[1] - (real * distilled).sum(1))
-    return _root(amplitude * apart + (1 - amplitude) * turned).mean(1)
+    return _root(amplitude * apart + (1 - amplitude) * turned)
+
+
+def shares(
+    real: torch.Tensor,
+    at: torch.Tensor,
+    moving: torch.Tensor,
+    frequencies: torch.Tensor,
+    amplitude: float,
+) -> torch.Tensor:
+    """What each real image, with features ``real`` [k, b, d], gave to the way of each distilled one of its class [k, n, b].
+
+    ``at`` [k, n, d] are the features of the distilled images and ``moving`` their derivatives along the way. Given how long the real
+    characteristic function and the distance are at each frequency, the distance's derivative is a sum over the real images' own
+    exp(i t.z); that each has a hand in these two numbers, which scale all terms alike, is left out.
+    """
+    b, n = real.shape[1], at.shape[1]
+    phi_real, phi = characteristic(real, frequencies), characteristic(at, frequencies)
+
+    def waves(features: torch.Tensor) -> torch.Tensor:
+        each = characteristic(features.flatten(0, 1)[:, None], frequencies)
+        return each.reshape(*features.shape[:2], *each.shape[1:])
+
+    change: torch.Tensor = (
+        torch.func.jvp(waves, (at,), (moving,))[1] / n
+    )  # [k, n, 2, f]: one image moves, the mean by an n-th
+    long, short = (_root(one.square().sum(1))[:, None] for one in (phi_real, phi))
+    shorter = (phi[:, None] * change).sum(2) / short.clamp(min=torch.finfo(short.dtype).tiny)
+    apart = distances(phi_real, phi, amplitude)[:, None]
+    slope = GAIN * torch.where(apart > 0, 1 / (2 * apart), 0.0) / len(frequencies)
+    alone = (2 * amplitude * (short - long) + 2 * (1 - amplitude) * long) * shorter
+    along = 2 * (1 - amplitude) * slope[:, :, None] * change
+    common = (slope * alone).sum(2, keepdim=True)
+    found: torch.Tensor = (common - along.flatten(2) @ waves(real).flatten(2).mT) / b
+    return found
 
 
 def _root(x: torch.Tensor) -> torch.Tensor:

@@ -48,6 +48,7 @@ TINY = {
     "batch_train": "4",
     "window": "2",
     "inner_steps": "3",
+    "donors_every": "1",
     "inner_loop": "2",
     "outer_loop": "2",
     "syn_steps": "6",  # one pass over the images
@@ -659,10 +660,8 @@ def test_a_method_without_donors_says_why(name: str) -> None:
     assert str(error.value) == f"{kind.__name__.lower()} has no setting 'donors': {kind.lacks['donors']}"  # type: ignore[attr-defined]
     told = {
         "trajectory": "through whole trainings of experts, which blend them",
-        "unrolled": "keeps no record of them yet, though its loss is a sum over real images",
-        "kernel": "keeps no record of them yet, though its loss is a sum over real images",
-        "distribution": "keeps no record of them yet; dm, dc and dsa do",
-        "gradient": "keeps no record of them yet; dm, dc and dsa do",
+        "unrolled": "to tell their parts apart takes a way through the whole training for each image",
+        "kernel": "every real image, of whatever class, moves every point of its regression",
         "coreset": "its points are real images, and the set says which",
     }
     assert told[kind.family] in str(error.value)

@@ -10,19 +10,31 @@ import torch
 import torch.nn.functional as F
 
 from distillens import augment
+from distillens.core.checks import UserError
 from distillens.core.contracts import Problem, State
 from distillens.core.dataset import Dataset
+from distillens.core.decode import MultiFormation
 from distillens.core.labels import Hard
+from distillens.core.recipe import Recipe
 from distillens.core.rng import Key
+from distillens.core.space import Standardised
 from distillens.data.planted import planted
+from distillens.distillers import _gradient, _pixels
+from distillens.distillers._formations import in_range
 from distillens.distillers.dc import DC
 from distillens.distillers.dm import DM
 from distillens.distillers.dsa import DSA
+from distillens.distillers.idc import IDC
+from distillens.distillers.m3d import M3D
+from distillens.distillers.ncfm import NCFM
+from distillens.engine.plan import Plan
 from distillens.nets.convnet import ConvNet
+from distillens.runs import Runs
 
 IPC, BATCH, CLASSES = 2, 5, 3
 NET = ConvNet(depth=1, width=4)
 KEY = Key(3, ("donors",))
+STD = (0.05, 0.1, 0.2)
 EVERY = "color_crop_cutout_flip_scale_rotate"
 
 
@@ -136,7 +148,15 @@ def test_gradient_matching_shares_its_step_out_as_the_images_own_terms_have_it(
     data = problem.real
     method: Any = DSA(augment=strategy) if strategy else DC()
     method = replace(
-        method, steps=1, outer_loop=1, batch_real=BATCH, init="real", lr_img=1.0, net=NET, donors=True
+        method,
+        steps=1,
+        outer_loop=1,
+        batch_real=BATCH,
+        init="real",
+        lr_img=1.0,
+        net=NET,
+        donors=True,
+        donors_every=1,
     )
     images, gradient, parts = first_step(method, problem)
     key = KEY.fold("step", 0)
@@ -167,6 +187,285 @@ def test_gradient_matching_shares_its_step_out_as_the_images_own_terms_have_it(
     torch.testing.assert_close(sums, gradient.flatten(2).norm(dim=2), rtol=1e-8, atol=1e-12)
 
 
+# ---- M3D, NCFM and IDC: steps in pixels, several images in one ----
+
+
+def in_standard_units(ipc: int, networks: Any = None) -> Problem:
+    """Three classes in colour whose channels are standardised each on its own."""
+    plain = problem_of(ipc)
+    space = Standardised((0.5, 0.45, 0.55), STD)
+    data = Dataset(plain.real.images, plain.real.labels, plain.real.classes, space)
+    return replace(plain, real=data, inputs={} if networks is None else {"networks": networks})
+
+
+def of_terms(terms: Any, images: torch.Tensor) -> torch.Tensor:
+    """Parts [p, b] by the terms [b] of the real images, from stored images [p, c, h, w] that have not moved."""
+    leaf = images.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(terms(leaf).sum(), leaf)
+    per_step = (
+        torch.tensor(STD, dtype=torch.float64).view(3, 1, 1) ** -2
+    )  # a step in pixels is one of that length
+    way = slope * per_step
+    way = way / way.flatten(1).norm(dim=1)[:, None, None, None]
+    each = torch.autograd.functional.jacobian(terms, images)  # [b, p, c, h, w]
+    return (each * (way * per_step)).flatten(2).sum(2).T
+
+
+def kernel(x: torch.Tensor, y: torch.Tensor, bandwidth: float) -> torch.Tensor:
+    apart = torch.stack([(one - y).square().sum(1) for one in x])
+    return sum((-apart / (w * bandwidth)).exp() for w in (0.25, 0.5, 1, 2, 4))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("strategy", ["", EVERY])
+@pytest.mark.parametrize("factor", [1, 2])
+@pytest.mark.parametrize("how", ["gaussian", "linear"])
+def test_m3d_shares_its_step_out_as_the_images_own_terms_have_it(
+    how: Any, factor: int, strategy: str
+) -> None:
+    problem = in_standard_units(IPC)
+    data = problem.real
+    method = M3D(steps=1, batch_real=BATCH, kernel=how, factor=factor, augment=strategy, net=NET, donors=True)
+    begun = method.start(problem)
+    parts = method.step(problem, begun, 0)[0].tensors["donors.parts"][0]
+    key = KEY.fold("step", 0)
+    params = {name: value.double() for name, value in NET.init(data, KEY.fold("net", 0))[0].items()}
+    index = data.drawn(BATCH, key.fold("real"))
+    for c, own in enumerate(begun.tensors["images"].view(CLASSES, IPC, *data.shape)):
+        draw = augment.draw(strategy, key.fold("augment", c))
+        members = of_class(data, index, c)
+        theirs = features(params, augment.apply(data.images[members], draw))
+
+        def seen(x: torch.Tensor, draw: Any = draw) -> torch.Tensor:
+            return features(params, augment.apply(MultiFormation(factor).images({"images": x}), draw))
+
+        both = torch.cat([theirs, seen(own)])
+        pairs = len(both) ** 2 - len(both)
+        bandwidth = float(torch.stack([(one - both).square().sum() for one in both]).sum() / pairs)
+
+        def terms(
+            x: torch.Tensor, seen: Any = seen, theirs: Any = theirs, bandwidth: float = bandwidth
+        ) -> Any:
+            y = seen(x)
+            if how == "linear":
+                return ((y @ y.T).mean() - 2 * (theirs @ y.T).mean(1)) / BATCH
+            return (kernel(y, y, bandwidth).mean() - 2 * kernel(theirs, y, bandwidth).mean(1)) / BATCH
+
+        torch.testing.assert_close(parts[:, members], of_terms(terms, own), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("amplitude", [0.5, 0.2])
+@pytest.mark.parametrize(("factor", "stepping"), [(1, "summed"), (2, "summed"), (2, "by_class")])
+def test_ncfm_shares_its_step_out_as_the_images_own_terms_have_it(
+    factor: int, stepping: Any, amplitude: float
+) -> None:
+    recipe = Recipe(steps=2, batch=8)
+    method = NCFM(
+        steps=1,
+        num_freqs=16,
+        amplitude=amplitude,
+        calibration=0.7,
+        batch_real=BATCH,
+        factor=factor,
+        augment=EVERY,
+        n_nets=1,
+        recipe=recipe,
+        stepping=stepping,
+        lr_img=1e-15,  # class after class: those before leave the others where they are
+        net=NET,
+        donors=True,
+    )
+    problem = in_standard_units(IPC)
+    networks = Runs(Plan()).get(method.needs(problem)["networks"])[0]
+    problem = in_standard_units(IPC, networks)
+    data = problem.real
+    begun = method.start(problem)
+    parts = method.step(problem, begun, 0)[0].tensors["donors.parts"][0]
+    key = KEY.fold("step", 0)
+    share = float(key.fold("net").fold("share").uniform(1))
+    mixture = torch.lerp(networks.at(0)[0].double(), networks.final[0].double(), share)
+    params = networks.shapes.unflatten(mixture)
+    index = data.drawn(BATCH, key.fold("real"))
+    for c, own in enumerate(begun.tensors["images"].view(CLASSES, IPC, *data.shape)):
+        draw = augment.draw(EVERY, key.fold("augment", c))
+        members = of_class(data, index, c)
+
+        def waves(x: torch.Tensor, draw: Any = draw) -> torch.Tensor:
+            z = F.normalize(NET.features(params, {}, augment.apply(x, draw))[0], dim=1)
+            noise = key.fold("frequencies").fold("noise").normal(16, z.shape[1]).double()
+            return torch.polar(torch.ones((), dtype=z.dtype), z @ noise.T)
+
+        theirs = waves(data.images[members])
+        target = theirs.mean(0)
+        long = target.abs()
+
+        def squares(
+            x: torch.Tensor, each: torch.Tensor, waves: Any = waves, long: torch.Tensor = long
+        ) -> torch.Tensor:
+            phi = waves(MultiFormation(factor).images({"images": x})).mean(0)
+            turned = long * phi.abs() - (each * phi.conj()).real
+            return amplitude * (phi.abs() - long).square() + (1 - amplitude) * 2 * turned
+
+        apart = squares(own, target).sqrt()
+
+        def terms(
+            x: torch.Tensor, squares: Any = squares, theirs: Any = theirs, apart: Any = apart
+        ) -> torch.Tensor:
+            return 300 * (squares(x, theirs) / (2 * apart)).mean(1) / BATCH
+
+        torch.testing.assert_close(parts[:, members], of_terms(terms, own), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("most", [128, 3])
+@pytest.mark.parametrize("layers", ["convolutions", "all"])
+@pytest.mark.parametrize("metric", ["mse", "cos"])
+def test_idc_shares_its_step_out_as_the_images_own_terms_have_it(metric: Any, layers: Any, most: int) -> None:
+    problem = in_standard_units(IPC)
+    data = problem.real
+    method = IDC(
+        steps=1,
+        inner_loop=2,
+        metric=metric,
+        layers=layers,
+        batch_real=BATCH,
+        batch_syn_max=most,
+        augment=EVERY,
+        net=NET,
+        donors=True,
+        donors_every=1,
+    )
+    begun = method.start(problem)
+    parts = method.step(problem, begun, 0)[0].tensors["donors.parts"][0]
+    key = KEY.fold("step", 0)
+    params = {name: value.double() for name, value in NET.init(data, KEY.fold("net"))[0].items()}
+    index = data.drawn(BATCH, key.fold("real"))
+    stored = in_range(begun.tensors["images"], data.space).view(CLASSES, IPC, *data.shape)
+    for c, own in enumerate(stored):
+        draw = augment.draw(EVERY, key.fold("augment", c))
+        some = key.fold("shown").fold(c).permutation(4 * IPC)[:most]
+        members = of_class(data, index, c)
+
+        def rows(x: torch.Tensor, graph: bool, draw: Any = draw, c: int = c) -> list[torch.Tensor]:
+            leaves = {name: value.clone().requires_grad_() for name, value in params.items()}
+            logits, _ = NET.logits(leaves, {}, augment.apply(x, draw))
+            loss = F.cross_entropy(logits, torch.full((len(x),), c))
+            wanted = [leaf for leaf in leaves.values() if layers == "all" or leaf.ndim == 4]
+            return [g.reshape(len(g), -1) for g in torch.autograd.grad(loss, wanted, create_graph=graph)]
+
+        single = [rows(data.images[i : i + 1], False) for i in members.tolist()]
+        mean = [torch.stack(layer).mean(0) for layer in zip(*single, strict=True)]
+
+        def terms(
+            x: torch.Tensor, single: Any = single, mean: Any = mean, some: Any = some, rows: Any = rows
+        ) -> torch.Tensor:
+            ours = rows(MultiFormation(2).images({"images": x})[some], True)
+            found = []
+            for alone in single:
+                total = torch.zeros((), dtype=torch.float64)
+                for g, t, s in zip(alone, mean, ours, strict=True):
+                    if metric == "mse":
+                        total = total + (s * (s - 2 * g)).sum() / BATCH
+                    else:
+                        both = t.norm(dim=1) * s.norm(dim=1) + 1e-6
+                        total = total - ((g / BATCH * s).sum(1) / both).sum()
+                found.append(total)
+            return torch.stack(found)
+
+        torch.testing.assert_close(parts[:, members], of_terms(terms, own), rtol=1e-5, atol=1e-8)
+
+
+def test_idc_has_no_donors_where_a_step_follows_signs() -> None:
+    with pytest.raises(UserError) as error:
+        IDC(metric="l1", donors=True)
+    assert str(error.value) == (
+        "idc keeps no record of donors for this metric: a step follows the signs of differences, which are no one image's; got "
+        "metric=l1; set metric=mse or metric=cos, or leave donors out"
+    )
+
+
+# ---- of all that keep a record ----
+
+EACH = {
+    "dm": DM(augment=EVERY),
+    "dc": DC(donors_every=1),
+    "dsa": DSA(donors_every=1),
+    "m3d": M3D(),
+    "ncfm": NCFM(num_freqs=16, n_nets=1, recipe=Recipe(steps=2, batch=8)),
+    "idc": IDC(donors_every=1, n_data=8, batch_train=8),
+}
+
+
+def asked(name: str, **changes: Any) -> tuple[Any, Problem]:
+    """A method of each kind, and what it is asked."""
+    method: Any = replace(EACH[name], steps=2, batch_real=BATCH, net=NET, donors=True, **changes)
+    problem = in_standard_units(IPC)
+    inputs = {place: Runs(Plan()).get(need)[0] for place, need in method.needs(problem).items()}
+    return method, replace(problem, inputs=inputs)
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_a_record_does_not_depend_on_how_many_classes_go_together(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, problem = asked(name)
+    found = []
+    for at_once in (1 << 18, 1):
+        monkeypatch.setattr(_pixels, "AT_ONCE", at_once)
+        monkeypatch.setattr(_gradient, "NUMBERS", 32 * at_once)
+        state = method.start(problem)
+        for i in range(method.steps):
+            state = method.step(problem, state, i)[0]
+        found.append(state.tensors["donors.parts"])
+    assert found[0].any()
+    torch.testing.assert_close(found[0], found[1], rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_each_image_counts_along_its_own_way(name: str) -> None:
+    """One that has not moved yet has its first gradient's direction, whatever the others have done."""
+    method, problem = asked(name)
+    begun = method.start(problem)
+    first = method.step(problem, begun, 0)[0].tensors["donors.parts"][0]
+    images = begun.tensors["images"].clone()
+    push = KEY.fold("push").normal(*images[::IPC].shape).double()
+    images[::IPC] += 1e-9 * push  # the first of each class, too little to change a gradient
+    other = method.step(problem, State({**begun.tensors, "images": images}, begun.values), 0)[0]
+    parts = other.tensors["donors.parts"][0]
+    torch.testing.assert_close(parts[1], first[1], rtol=1e-5, atol=1e-7)
+    assert not torch.allclose(parts[0], first[0], rtol=0.1)
+
+
+def test_idc_has_one_match_a_step() -> None:
+    method, problem = asked("idc")
+    method = replace(method, steps=6, donors_every=3)
+    state = method.start(problem)
+    for i in range(method.steps):
+        before = state
+        state, _ = method.step(problem, state, i)
+        on_record = int(KEY.fold("step", i).fold("donors").integers(3, 1)) == 0
+        assert torch.equal(state.tensors["donors.met"], before.tensors["donors.met"]) is not on_record
+
+
+@pytest.mark.parametrize("every", [1, 2, 4])
+def test_of_so_many_matches_one_is_on_record_and_one_a_step_at_most(every: int) -> None:
+    problem = problem_of()
+    method = DC(steps=6, outer_loop=2, batch_real=4, init="real", net=NET, donors=True, donors_every=every)
+    state = method.start(problem)
+    met = torch.zeros_like(state.tensors["donors.met"])
+    turns = []
+    for i in range(method.steps):
+        state, _ = method.step(problem, state, i)
+        key = KEY.fold("step", i)
+        turn = int(key.fold("donors").integers(max(2, every), 1))
+        if turn < 2:
+            turns.append(turn)
+            met[i % 2, problem.real.drawn(4, key.fold("turn", turn, "real"))] += 1
+    assert torch.equal(state.tensors["donors.met"], met)
+    if every <= 2:
+        assert len(turns) == 6 and {*turns} == {0, 1}
+    else:
+        assert 0 < len(turns) < 6
+
+
 # ---- along which way ----
 
 
@@ -175,6 +474,8 @@ def test_later_steps_count_along_the_way_from_the_start(kind: Any) -> None:
     """A batch's parts sum to the step, less what is left of its speed, along the way so far."""
     problem = problem_of()
     method = replace(kind(), steps=4, batch_real=BATCH, init="real", lr_img=0.5, net=NET, donors=True)
+    if kind is not DM:
+        method = replace(method, donors_every=1)
     states = [method.start(problem)]
     for i in range(method.steps):
         states.append(method.step(problem, states[-1], i)[0])

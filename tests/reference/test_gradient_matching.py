@@ -163,15 +163,17 @@ def test_the_gradient_of_the_sum_over_classes_is_that_of_each_class(
     draws = [augment.draw("color_crop_cutout_flip_scale_rotate", Key(2).fold(c)) for c in range(K)]
     match = Match(WEIGHTS, distance, draws, IPC, as_they_are)
     real, own = real_batch(asked, Key(3), 4), Key(4).normal(K, IPC, 2, 8, 12).double()
-    loss, gradient = match(network, asked.real, real, own)
+    target = match.targets(network, asked.real, real)
+    loss, gradient = match.slope(network, asked.real, target, own)
     alone = []
     for c in range(K):
         other = own.clone()
         other[[d for d in range(K) if d != c]] += 1  # a class's gradient does not look at the others' images
-        alone.append(match(network, asked.real, real, other)[1].reshape(own.shape)[c])
+        alone.append(match.slope(network, asked.real, target, other)[1].reshape(own.shape)[c])
     assert off(gradient.reshape(own.shape), torch.stack(alone)) < 1e-10
     monkeypatch.setattr(_pixels, "AT_ONCE", 1)
-    one_by_one, pieces = match(network, asked.real, real, own)
+    again = match.targets(network, asked.real, real)
+    one_by_one, pieces = match.slope(network, asked.real, again, own)
     assert one_by_one == pytest.approx(loss, rel=1e-12)
     assert off(pieces, gradient) < 1e-12
 

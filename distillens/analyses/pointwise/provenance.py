@@ -42,7 +42,7 @@ SPACES = ("pixels", "features")
 class Provenance:
     """Who the donors of each distilled image are, how few they are, whether they are the same again, and whether they look like it.
 
-    A method with the setting ``donors`` (``dm``, ``dc``, ``dsa``) shares out what each step adds to the distance of a distilled image from its start: a real
+    A method with the setting ``donors`` shares out what each step on record adds to the distance of a distilled image from its start: a real
     image's part is what it contributed to the step, along the way so far. A part below 0 held the image back. A real image's
     *rate* is the sum of its parts over the batches that it was in.
 
@@ -492,8 +492,8 @@ class ProvenanceResult(Result):
             )
         if self.silent:
             found.append(
-                f"No record of donors: {', '.join(self.silent)}. dm, dc and dsa keep one when they are asked to: --set dm.donors=true in a "
-                "study, --set donors=true in distill."
+                f"No record of donors: {', '.join(self.silent)}. dm, m3d, ncfm, dc, dsa and idc keep one when they are asked to: "
+                "--set dm.donors=true in a study, --set donors=true in distill."
             )
         if self.few:
             found.append(
