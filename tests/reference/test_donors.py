@@ -390,7 +390,7 @@ EACH = {
     "dsa": DSA(donors_every=1),
     "m3d": M3D(),
     "ncfm": NCFM(num_freqs=16, n_nets=1, recipe=Recipe(steps=2, batch=8)),
-    "idc": IDC(donors_every=1, n_data=8, batch_train=8),
+    "idc": IDC(donors_every=1, n_data=8, batch_train=8, batch_syn_max=5),
 }
 
 
