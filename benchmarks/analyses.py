@@ -3,6 +3,7 @@
     python -m benchmarks.analyses                     # writes benchmarks/results/analyses.json
     python -m benchmarks.analyses --only behaviour    # puts new rows in the place of these analyses' old ones
     python -m benchmarks.analyses --only behaviour/sensitivity --methods 1   # of one method, as a row of its own
+    python -m benchmarks.analyses --only pointwise/leave_one_out --methods 1 --set inits=5 --set only=bptt   # one set, 505 models
 
 Sets as a study has them: four methods, five replicates, 10 images a class, beside random subsets and herding. Real subsets
 stand in the methods' places: what an analysis costs does not depend on what the images show. Herding is made before the
@@ -15,12 +16,14 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import environment
 from distillens import analyses, load, pipeline
+from distillens.core.config import override
 from distillens.core.contracts import Sets
 from distillens.core.rng import Key
 from distillens.core.storage import write_json
@@ -45,7 +48,7 @@ def stand_ins(real: Any, runs: Any, methods: int) -> Sets:
     return pipeline.with_baselines(Sets(made), real, runs)
 
 
-def main(only: str, methods: int) -> None:
+def main(only: str, methods: int, settings: Sequence[str]) -> None:
     settle_process()
     real, key = load("digits"), Key(0, ("analyses",))
     old = json.loads(RESULT.read_text())["rows"] if RESULT.is_file() else []
@@ -56,13 +59,14 @@ def main(only: str, methods: int) -> None:
             sets = stand_ins(real, runs, methods)
             runs.engine.map(len, [("warm",)] * runs.engine.workers)
             before = sum(runs.trained.values())
-            question: Any = analyses.room.find(name).defaults(real.train)
+            question: Any = override(analyses.room.find(name).defaults(real.train), settings, like=real.train)
             begun = time.perf_counter()
             result = question(sets, real, runs, key=key)
             answered = time.perf_counter()
             result.save(Path(folder) / "results")
             saved = time.perf_counter()
-            label = name if methods == len(NAMES) else f"{name}, one method"
+            few = [] if methods == len(NAMES) else ["one method"]
+            label = ", ".join([name, *few, *settings])
             rows[label] = {
                 "name": label,
                 "models": sum(runs.trained.values()) - before,
@@ -80,5 +84,8 @@ if __name__ == "__main__":
     )
     parser.add_argument("--only", default="")
     parser.add_argument("--methods", type=int, choices=(1, len(NAMES)), default=len(NAMES))
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="settings of the analysis"
+    )
     asked = parser.parse_args()
-    main(asked.only, asked.methods)
+    main(asked.only, asked.methods, asked.set)
