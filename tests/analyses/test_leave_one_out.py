@@ -129,6 +129,15 @@ def test_the_most_moved_images_are_counted_by_class(digits: Splits) -> None:
         influence[0, j, (classes == 0).nonzero()[:9, 0]] = 1.0
     found = made({"dm": influence}, digits).most_moved("dm")
     assert found.value == pytest.approx((6 / 9) / 10) and found.n == 10
+    assert found.low == 0  # a share, whatever Student's interval would be
+
+
+def test_points_that_agree_on_the_most_moved_leave_room_for_error(digits: Splits) -> None:
+    classes = digits.test.labels.hard()
+    influence = (torch.arange(10)[:, None] == classes).float()[None]  # each point helps its class, and nothing else
+    found = made({"dm": influence}, digits).most_moved("dm")
+    assert (found.value, found.high) == (1.0, 1.0)
+    assert 0.9 < found.low < 1.0
 
 
 def test_real_noise_with_a_weak_common_part_is_not_called_reliable(digits: Splits) -> None:

@@ -283,7 +283,7 @@ class LeaveOneOutResult(Result):
         effect = self.mean_influence(name)
         most = effect.topk(min(self.top, effect.shape[1]), dim=1).indices
         own = self.test_labels.cpu()[most.cpu()] == self.labels[name].cpu()[:, None]
-        return Estimate.mean(own.double().mean(1).tolist(), POINT)
+        return Estimate.share(own.double().mean(1).tolist(), most.shape[1], POINT)
 
     def total(self, name: str, point: int) -> Estimate:
         """By how much a point lowers the mean test loss, over initialisations."""
