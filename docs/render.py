@@ -139,7 +139,7 @@ def cost_table() -> str:
     lines += [
         "",
         f"`python -m benchmarks.analyses`, one run, figures included; {e['cores']} cores ({e['machine']}, torch {e['torch']}), "
-        f"commit {commits}.",
+        f"commit {commits}; rows of different commits may be of different machines.",
     ]
     return "\n".join(lines)
 

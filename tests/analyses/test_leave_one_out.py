@@ -134,7 +134,8 @@ def test_the_most_moved_images_are_counted_by_class(digits: Splits) -> None:
 
 def test_points_that_agree_on_the_most_moved_leave_room_for_error(digits: Splits) -> None:
     classes = digits.test.labels.hard()
-    influence = (torch.arange(10)[:, None] == classes).float()[None]  # each point helps its class, and nothing else
+    # Each point helps its class, and nothing else.
+    influence = (torch.arange(10)[:, None] == classes).float()[None]
     found = made({"dm": influence}, digits).most_moved("dm")
     assert (found.value, found.high) == (1.0, 1.0)
     assert 0.9 < found.low < 1.0
