@@ -32,6 +32,7 @@ from distillens.core.result import Estimate
 from distillens.core.storage import read_json, write_json
 from distillens.engine.plan import Plan
 from distillens.engine.workers import settle_process
+from distillens.kernels.conv_block import multiplies_bfloat16
 from distillens.nets import default_net
 from distillens.sessions import chosen_plan
 from distillens.train import Training, train
@@ -77,6 +78,11 @@ def targets(real: Splits, plan: Plan, pair: int, name: str, settings: Sequence[s
     return found[0], found[1]
 
 
+def multiplies() -> str:
+    """The kind of number in which this machine multiplies what is rounded to bfloat16."""
+    return "bfloat16" if multiplies_bfloat16() else "float32"
+
+
 def verdict(differences: list[float]) -> dict[str, Any]:
     """The mean difference with its 90 % interval, and whether it lies within the margin."""
     mean = Estimate.mean(differences, "pair (own subset and keys)", 0.90)
@@ -112,7 +118,7 @@ def main(spec: str, question: str, pairs: int, settings: Sequence[str]) -> None:
         row["bfloat16"].append(second)
         if pair:
             row |= verdict([b - a for a, b in zip(row["float32"], row["bfloat16"], strict=True)])
-        row |= {"threads": plan.threads, "environment": environment()}
+        row |= {"threads": plan.threads, "environment": environment() | {"multiplies": multiplies()}}
         write_json(PATH, saved)
         print(question, pair, first, second, row.get("difference"), row.get("same"), flush=True)
 

@@ -339,12 +339,19 @@ def precision_table() -> str:
         means = (f"{sum(row[kind]) / len(row[kind]):.4f}" for kind in ("float32", "bfloat16"))
         same = {True: "yes", False: "no", None: "not settled"}[row["same"]]
         about = "training" if row["question"] == "training" else f"what {row['question']} follows"
+        if row["environment"].get("multiplies") == "float32":
+            about += " *"
         difference = _estimate(row["difference"], 4, sign=True)
         settings = " ".join(f"`{one}`" for one in row["settings"])
         cells = (about, row["data"], settings, *means, difference, str(len(row["float32"])), same)
         lines.append(f"| {' | '.join(cells)} |")
     e = saved["rows"][-1]["environment"]
-    lines += ["", f"Margin {saved['margin']}, fixed beforehand; torch {e['torch']}, commit {e['commit']}."]
+    commits = ", ".join(sorted({row["environment"]["commit"] for row in saved["rows"]}))
+    lines += [
+        "",
+        f"Margin {saved['margin']}, fixed beforehand; torch {e['torch']}, commit {commits}. A star: on a processor that does not "
+        "multiply bfloat16, where what is rounded is multiplied in float32: the same but for the order of sums.",
+    ]
     return "\n".join(lines)
 
 
