@@ -90,6 +90,7 @@ def fused(
 
 @cache
 def multiplies_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 as PyTorch goes about it."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
