@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from distillens import kernels
 from distillens.core.checks import UserError
 from distillens.core.config import describe, restore
 from distillens.core.contracts import Net
@@ -24,7 +25,7 @@ from distillens.core.recipe import Recipe
 from distillens.core.rng import Key
 from distillens.core.storage import fingerprint, read_json, write_json
 from distillens.engine.plan import Plan, Precision, cores
-from distillens.kernels import planes
+from distillens.kernels import compiled, planes, winograd
 from distillens.train import Training, train_chunk
 
 BATCHES = (10, 100)  # images a step that the field's small sets come in: 1 and 10 a class
@@ -85,9 +86,9 @@ class _Asked:
     def __init__(self, like: Dataset, net: Net, threads: int, precision: Precision) -> None:
         self.like, self.net, self.threads, self.precision = like, net, threads, precision
         self.name = fingerprint(
-            [version("distillens"), str(torch.__version__), planes.processor(), cores()],
-            [planes.available(), list(like.shape), like.k, describe(net), threads, precision],
-            planes.SOURCE.read_bytes(),
+            [version("distillens"), str(torch.__version__), compiled.processor(), cores()],
+            [kernels.available(), list(like.shape), like.k, describe(net), threads, precision],
+            planes.SOURCE.read_bytes() + winograd.SOURCE.read_bytes(),
             Path(__file__).read_bytes(),
         )
 
@@ -101,7 +102,7 @@ class _Asked:
 @cache
 def _measured(asked: _Asked) -> tuple[Plan, float]:
     """The best plan with so many threads, and its seconds for a step of one model at the larger batch."""
-    path = planes.folder() / f"plan-{asked.name[:32]}.json"
+    path = compiled.folder() / f"plan-{asked.name[:32]}.json"
     if (known := _kept(path)) is not None:
         return known
     plan, seconds = _measure(asked)
@@ -125,7 +126,7 @@ def _kept(path: Path) -> tuple[Plan, float] | None:
 
 def _measure(asked: _Asked) -> tuple[Plan, float]:
     plan = Plan("loop", 1, 1, asked.threads, asked.precision)
-    candidates = [plan, replace(plan, kernels="fused")] if planes.available() else [plan]
+    candidates = [replace(plan, kernels=each) for each in kernels.available()]
     stacks = {one: {batch: _stack(asked, one, batch) for batch in BATCHES} for one in candidates}
     # The two batches count alike: times are multiplied.
     best = min(candidates, key=lambda one: math.prod(seconds for _, seconds in stacks[one].values()))

@@ -14,7 +14,6 @@ from distillens import kernels
 from distillens.core.checks import UserError, at_least, one_of
 from distillens.core.contracts import Like
 from distillens.engine.workers import pinned_threads
-from distillens.kernels import planes
 
 Precision = Literal["float32", "float64", "bfloat16"]
 PRECISIONS = ("float32", "float64", "bfloat16")
@@ -30,7 +29,8 @@ class Plan:
 
     ``precision`` is that of training. In bfloat16 the products of convolutions are rounded to it; parameters, sums,
     norms and optimisers stay in float32, and so does all that distils or predicts. ``targets`` is the precision of what real data is only looked at for (the
-    features that DM matches, the gradients that DC matches). ``kernels`` are compiled ones (fused) or PyTorch's.
+    features that DM matches, the gradients that DC matches). ``kernels`` are compiled ones (winograd, fused) or
+    PyTorch's (plain).
     """
 
     layout: Literal["stacked", "loop"] = "stacked"
@@ -45,7 +45,7 @@ class Plan:
         one_of("layout", self.layout, ("stacked", "loop"))
         one_of("precision", self.precision, PRECISIONS)
         one_of("targets", self.targets, ("float32", "bfloat16"))
-        one_of("kernels", self.kernels, ("fused", "plain"))
+        one_of("kernels", self.kernels, ("winograd", "fused", "plain"))
         at_least(1, "plan", chunk=self.chunk, images=self.images, threads=self.threads)
 
     @property
@@ -73,7 +73,7 @@ class Plan:
         Raises:
             UserError: the plan is another machine's: its kernels cannot be had here.
         """
-        if self.kernels == "fused" and not planes.available():
+        if self.kernels not in kernels.available():
             raise UserError(
                 "this work was planned with compiled kernels",
                 got="no C++ compiler that makes them here",
@@ -90,7 +90,7 @@ class Plan:
         Small images are stacked, one thread a worker. Large ones are trained one at a time; the cores are shared
         out among the jobs, for one thread each in many processes beats many threads in one.
         """
-        compiled: kernels.Kernels = "fused" if planes.available() else "plain"
+        compiled: kernels.Kernels = "fused" if "fused" in kernels.available() else "plain"
         if like.shape[1] * like.shape[2] <= 256:
             return Plan(kernels=compiled)
         return Plan("loop", 1, threads=max(1, cores() // max(1, jobs)), kernels=compiled)

@@ -13,15 +13,16 @@ from typing import Literal
 
 import torch
 
-from distillens.kernels import conv_block, planes
+from distillens.kernels import conv_block, planes, winograd
 
-Kernels = Literal["fused", "plain"]
+Kernels = Literal["winograd", "fused", "plain"]
 
 
 @dataclass(frozen=True)
 class Setting:
     """Which kernels, and whether the products of convolutions are rounded to bfloat16.
 
+    Kernels are PyTorch's (plain), compiled planes beside PyTorch's convolutions (fused), or these with convolutions in fewer products (winograd).
     ``products`` are those that a gradient flows through, ``targets`` those of real data that none flows through. Sums,
     norms, parameters and what leaves a network stay in float32.
     """
@@ -29,6 +30,13 @@ class Setting:
     kernels: Kernels = "plain"
     products: torch.dtype = torch.float32
     targets: torch.dtype = torch.float32
+
+
+def available() -> tuple[Kernels, ...]:
+    """Which kernels this machine can have, the simplest first."""
+    fused: tuple[Kernels, ...] = ("fused",) if planes.available() else ()
+    fewer: tuple[Kernels, ...] = ("winograd",) if fused and winograd.available() else ()
+    return "plain", *fused, *fewer
 
 
 _now = Setting()
@@ -78,9 +86,9 @@ def block(
     """
     looked_into = torch._C._functorch.is_functorch_wrapped_tensor
     if (
-        _now.kernels == "fused"
+        _now.kernels != "plain"
         and planes.fit(x, gamma, padding)
         and not (looked_into(weight) or looked_into(x))
     ):
-        return conv_block.fused(x, weight, bias, gamma, beta, padding, groups)
+        return conv_block.fused(x, weight, bias, gamma, beta, padding, groups, _now.kernels == "winograd")
     return conv_block.plain(x, weight, bias, gamma, beta, padding, groups)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from distillens.kernels import planes
+from distillens.kernels import planes, winograd
 
 EPSILON = 1e-5  # PyTorch's
 FEW = 4  # channels of an image, not of a hidden layer
@@ -75,16 +75,18 @@ def fused(
     beta: torch.Tensor,
     padding: int = 1,
     groups: int = 1,
+    fewer: bool = False,
 ) -> torch.Tensor:
     """The block by the kernels: ``x`` [n, c, h, w] to [n, o, h' // 2, w' // 2], in the precision of ``x``.
 
-    ``weight`` [o, c / groups, 3, 3] and ``bias`` [o] are rounded to it; gamma and beta [o] are not, nor are sums.
+    ``weight`` [o, c / groups, 3, 3] and ``bias`` [o] are rounded to it; gamma and beta [o] are not, nor are sums. With
+    ``fewer`` the convolutions are in fewer products, where ``winograd`` takes them.
     """
     # Images of one channel count as plain in either order of memory: the convolution would take the slow one. Here, not
     # inside: what a Function saves must be what it was given, or the second derivative loses its way.
     x = x.contiguous().flatten().view(x.shape)
     gamma, beta = gamma.contiguous(), beta.contiguous()
-    y: torch.Tensor = _Block.apply(x, weight, bias, gamma, beta, padding, groups)  # type: ignore[no-untyped-call]
+    y: torch.Tensor = _Block.apply(x, weight, bias, gamma, beta, padding, groups, fewer)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -105,8 +107,10 @@ def _multiplied(x: torch.Tensor) -> torch.dtype:
 
 
 def _conv(
-    x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, padding: int, groups: int
+    x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, padding: int, groups: int, fewer: bool
 ) -> torch.Tensor:
+    if fewer and winograd.fit(x, w, padding):
+        return winograd.convolve(x, w, b, groups)
     kind = _multiplied(x)
     bias = None if b is None else b.to(kind)
     return torch.conv2d(x.to(kind), w.to(kind), bias, padding=padding, groups=groups).to(x.dtype).contiguous()
@@ -118,9 +122,16 @@ def _conv_back(
     w: torch.Tensor,
     padding: int,
     groups: int,
+    fewer: bool,
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Any, Any, Any]:
     """The gradient in x, w and bias, where wanted."""
+    if fewer and winograd.fit(x, w, padding):
+        return (
+            winograd.back(g, w, groups) if wanted[0] else None,
+            winograd.in_weight(x, g, groups) if wanted[1] else None,
+            g.sum((0, 2, 3)) if wanted[2] else None,
+        )
     kind, taken = g.dtype, _multiplied(g)
     g, x, w = g.to(taken), x.to(taken), w.to(taken)
     gx = None
@@ -148,19 +159,20 @@ class _Block(torch.autograd.Function):
         beta: torch.Tensor,
         padding: int,
         groups: int,
+        fewer: bool,
     ) -> torch.Tensor:
         w = weight.to(x.dtype)
-        z = _conv(x, w, bias.to(x.dtype), padding, groups)
+        z = _conv(x, w, bias.to(x.dtype), padding, groups, fewer)
         y, means, rstds = planes.forward(z, gamma, beta, EPSILON)
         ctx.save_for_backward(x, weight, bias, gamma, beta, z, means, rstds)
-        ctx.sizes = padding, groups
+        ctx.sizes = padding, groups, fewer
         return y
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> Any:
         wanted = tuple(ctx.needs_input_grad[:5])
         slope = _Slope.apply(g, *ctx.saved_tensors, *ctx.sizes, wanted)  # type: ignore[no-untyped-call]
-        return *slope, None, None
+        return *slope, None, None, None
 
 
 class _Slope(torch.autograd.Function):
@@ -180,13 +192,16 @@ class _Slope(torch.autograd.Function):
         rstds: torch.Tensor,
         padding: int,
         groups: int,
+        fewer: bool,
         wanted: tuple[bool, ...],
     ) -> Any:
         g = g.contiguous()
         gz, ggamma, gbeta = planes.backward(g, z, gamma, beta, means, rstds)
-        gx, gw, gb = _conv_back(gz, x, weight.to(x.dtype), padding, groups, (wanted[0], wanted[1], wanted[2]))
+        gx, gw, gb = _conv_back(
+            gz, x, weight.to(x.dtype), padding, groups, fewer, (wanted[0], wanted[1], wanted[2])
+        )
         ctx.save_for_backward(g, x, weight, bias, gamma, beta, z, means, rstds, gz)
-        ctx.sizes = padding, groups
+        ctx.sizes = padding, groups, fewer
         ctx.set_materialize_grads(False)
         return (
             gx,
@@ -199,9 +214,9 @@ class _Slope(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *v: torch.Tensor | None) -> Any:
         g, x, weight, bias, gamma, beta, z, means, rstds, gz = ctx.saved_tensors
-        padding, groups = ctx.sizes
+        padding, groups, fewer = ctx.sizes
         if torch.is_grad_enabled():
-            return (*_third(g, x, weight, bias, gamma, beta, padding, groups, v), *[None] * 6)
+            return (*_third(g, x, weight, bias, gamma, beta, padding, groups, v), *[None] * 7)
         vx, vw, vb, vgamma, vbeta = v
         needs_g, needs_x, needs_w, needs_b = ctx.needs_input_grad[:4]
         kind = x.dtype
@@ -209,10 +224,17 @@ class _Slope(torch.autograd.Function):
         if vx is not None:
             vx = vx.contiguous()
         # In gz, by the convolution's gradients, which are linear in it.
-        in_gz = None if vx is None else _conv(vx, w, None if vb is None else vb.to(kind), padding, groups)
+        in_gz = (
+            None if vx is None else _conv(vx, w, None if vb is None else vb.to(kind), padding, groups, fewer)
+        )
         if vw is not None:
             through = _conv(
-                x, vw.to(kind), None if in_gz is not None or vb is None else vb.to(kind), padding, groups
+                x,
+                vw.to(kind),
+                None if in_gz is not None or vb is None else vb.to(kind),
+                padding,
+                groups,
+                fewer,
             )
             in_gz = through if in_gz is None else in_gz.add_(through)
         elif in_gz is None:
@@ -229,12 +251,12 @@ class _Slope(torch.autograd.Function):
             means,
             rstds,
         )
-        sx, sw, sb = _conv_back(sz, x, w, padding, groups, (needs_x, needs_w, needs_b))
+        sx, sw, sb = _conv_back(sz, x, w, padding, groups, fewer, (needs_x, needs_w, needs_b))
         if needs_x and vw is not None:
-            more = _conv_back(gz, x, vw.to(kind), padding, groups, (True, False, False))[0]
+            more = _conv_back(gz, x, vw.to(kind), padding, groups, fewer, (True, False, False))[0]
             sx = sx.add_(more)
         if needs_w and vx is not None:
-            sw = sw.add_(_conv_back(gz, vx, w, padding, groups, (False, True, False))[1])
+            sw = sw.add_(_conv_back(gz, vx, w, padding, groups, fewer, (False, True, False))[1])
         return (
             sg if needs_g else None,
             sx,
@@ -242,7 +264,7 @@ class _Slope(torch.autograd.Function):
             None if sb is None else sb.to(weight.dtype),
             sgamma,
             nothing,  # where the ReLU bends, the derivative in beta is nowhere
-            *[None] * 6,
+            *[None] * 7,
         )
 
 

@@ -1,46 +1,26 @@
 """Norm, ReLU and average pooling in one pass over memory: ``planes.cpp``, compiled on first use.
 
 PyTorch walks over an activation seven times for these three, forward and back, which on a CPU costs more than the
-convolutions of a small network. Compiling takes about three seconds, once a machine: the library is kept in the user's
-cache folder under a name made from the source, the compiler and the processor.
+convolutions of a small network.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import sys
-import tempfile
-from functools import cache
 from pathlib import Path
 
 import torch
 
+from distillens.kernels import compiled
+
 SOURCE = Path(__file__).with_suffix(".cpp")
-# Sums may be taken in any order, which the compiler settles once: not-a-number stays what it is.
-FLAGS = (
-    "-O2",
-    "-ftree-vectorize",
-    "-march=native",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fassociative-math",
-    "-fno-signed-zeros",
-    "-fopenmp",
-    "-fPIC",
-    "-shared",
-)
 LARGEST = 128 * 128  # pixels of a plane that the kernels hold on the stack
 _KINDS = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 
 
 def available() -> bool:
-    """Whether the kernels can be used here: there is a compiler, and what it made agrees with PyTorch."""
-    return _library() is not None
+    """Whether the kernels can be used here: there is a compiler that makes them."""
+    return compiled.library(SOURCE) is not None
 
 
 def fit(x: torch.Tensor, gamma: torch.Tensor, padding: int) -> bool:
@@ -97,7 +77,7 @@ def twice(
 
 
 def _call(name: str, z: torch.Tensor, tensors: tuple[torch.Tensor, ...], *more: ctypes.c_double) -> None:
-    library = _library()
+    library = compiled.library(SOURCE)
     assert library is not None, "asked for without a look at available()"
     if not all(tensor.is_contiguous() for tensor in tensors):
         raise ValueError("the kernels walk over plain memory")
@@ -105,56 +85,3 @@ def _call(name: str, z: torch.Tensor, tensors: tuple[torch.Tensor, ...], *more: 
     function = getattr(library, f"{name}_{_KINDS[z.dtype]}")
     sizes = map(ctypes.c_int64, (n * c, c, h, w))
     function(*(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors), *sizes, *more)
-
-
-@cache
-def _library() -> ctypes.CDLL | None:
-    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None or sys.platform == "win32":
-        return None
-    try:
-        path = _compiled(compiler)
-        # torch has loaded the OpenMP library by now: the kernels share its threads, and their number.
-        return ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _compiled(compiler: str) -> Path:
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
-    parts = (SOURCE.read_bytes(), " ".join(FLAGS).encode(), version, processor().encode())
-    name = f"planes-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:32]}.so"
-    path = folder() / name
-    if not path.is_file():
-        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            made = Path(scratch) / name
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(made)]
-            subprocess.run(command, capture_output=True, check=True, timeout=300)
-            made.replace(path)
-    return path
-
-
-def processor() -> str:
-    """What the compiler's ``native`` stands for: a cache folder may be shared by machines that differ."""
-    flags = ""
-    if sys.platform == "linux":
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return f"{platform.machine()} {platform.processor()} {flags}"
-
-
-def folder() -> Path:
-    """A cache folder that is nobody else's: what lies there is run."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distillens"
-    try:
-        base.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if os.access(base, os.W_OK):
-            return base
-    except OSError:
-        pass
-    return Path(_session_folder().name)
-
-
-@cache
-def _session_folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="distillens-kernels-")

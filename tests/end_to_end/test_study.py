@@ -162,12 +162,12 @@ def test_the_command_of_a_set_keeps_the_studys_threads(monkeypatch, tmp_path: Pa
     from distillens import tuning
     from distillens.data.planted import planted
     from distillens.engine import plan
-    from distillens.kernels import planes
+    from distillens.kernels import compiled
 
     monkeypatch.setattr(plan, "cores", lambda: 4)
     monkeypatch.setattr(studies, "cores", lambda: 4)
     # As on a machine where four threads are four times as fast as one.
-    monkeypatch.setattr(planes, "folder", lambda: tmp_path)
+    monkeypatch.setattr(compiled, "folder", lambda: tmp_path)
     monkeypatch.setattr(tuning, "_seconds", lambda asked, plan, batch, models: models / plan.threads)
     tuning._measured.cache_clear()
     real = planted(Key(1), shape=(1, 20, 20), per_class=12)

@@ -15,7 +15,7 @@ from distillens.core.rng import Key
 from distillens.data.planted import planted
 from distillens.engine import plan as plans
 from distillens.engine.plan import Plan
-from distillens.kernels import planes
+from distillens.kernels import compiled, planes, winograd
 from distillens.nets.convnet import ConvNet
 
 NET = ConvNet(depth=1, width=4)
@@ -24,7 +24,7 @@ NET = ConvNet(depth=1, width=4)
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache folder with nothing in it, and nothing in memory."""
-    monkeypatch.setattr(planes, "folder", lambda: tmp_path)
+    monkeypatch.setattr(compiled, "folder", lambda: tmp_path)
     monkeypatch.setattr(tuning, "BUDGET", 0.001)
     tuning._measured.cache_clear()
     return tmp_path
@@ -113,17 +113,18 @@ def test_a_damaged_measurement_is_made_again(
         assert tuning.plan_for(small, NET) == first
 
 
-def test_the_fastest_is_taken(small: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("best", kernels.available())
+def test_the_fastest_is_taken(small: Dataset, monkeypatch: pytest.MonkeyPatch, best: str) -> None:
     # A stack of 4 costs half of 4 at 10 images; at 100 a stack gains nothing.
     def seconds(plan: Plan, batch: int, models: int) -> float:
         each = 0.5 if batch == 10 and models == 4 else 1.0
-        return each * models * (0.7 if plan.kernels == "fused" else 1.0)
+        return each * models * (0.7 if plan.kernels == best else 1.0)
 
     clock(monkeypatch, seconds)
     plan = tuning.plan_for(small, NET)
     assert (plan.layout, plan.chunk, plan.images) == ("stacked", 4, 40)
     assert plan.models_together(10) == 4 and plan.models_together(100) == 1
-    assert plan.kernels == ("fused" if planes.available() else "plain")
+    assert plan.kernels == best
 
 
 def test_a_gain_within_the_noise_is_not_worth_a_larger_stack(
@@ -200,15 +201,25 @@ def test_only_training_is_rounded() -> None:
     assert kernels.current().products == torch.float32
 
 
+@pytest.mark.parametrize("compiled_ones", ["fused", "winograd"])
 def test_a_plan_of_compiled_kernels_is_refused_where_there_is_no_compiler(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, compiled_ones: kernels.Kernels
 ) -> None:
     monkeypatch.setattr(planes, "available", lambda: False)
     with (
         pytest.raises(UserError, match="no C\\+\\+ compiler that makes them here"),
-        Plan(kernels="fused").pinned(),
+        Plan(kernels=compiled_ones).pinned(),
     ):
         pass
     with replace(Plan(), kernels="plain").pinned():
         pass
     assert Plan.resolve(planted(Key(1), shape=(1, 8, 8), per_class=4).train).kernels == "plain"
+    assert kernels.available() == ("plain",)
+
+
+@pytest.mark.skipif(not planes.available(), reason="no C++ compiler")
+def test_a_compiler_that_makes_the_planes_alone_is_enough_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "available", lambda: False)
+    assert kernels.available() == ("plain", "fused")
+    with pytest.raises(UserError, match="compiled kernels"), Plan(kernels="winograd").pinned():
+        pass

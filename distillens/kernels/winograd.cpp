@@ -1,0 +1,382 @@
+// 3 x 3 convolutions, padded by one, of planes of even height that are 4 (and 4 high), 8, 16 or 32 wide, by Winograd's
+// minimal filtering F(2 x 2, 3 x 3): 16 products for every 2 x 2 results and channel, where the sum over the filter takes 36.
+//
+//   y = A' [ (G g G') * (B' d B) ] A      d: 4 x 4 of the image (a tile), g: a filter, y: 2 x 2 of the result
+//
+// The 16 places of a tile (xi) are 16 matrix products over channels. The gradient in a filter is the transpose of the same
+// lines: G' [ (A dy A') * (B' d B) ] G, summed over tiles. Work is cut into blocks by what is convolved alone, and sums over
+// blocks are taken in slices of their own: the number of threads changes no bit.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, MR = 8;
+#elif defined(__AVX__)
+constexpr int LANES = 8, MR = 4;
+#else
+constexpr int LANES = 4, MR = 8;
+#endif
+constexpr int NR = 3;  // vectors of a row of results held in registers, with MR rows
+constexpr int64_t PAIR = 2 * LANES;
+constexpr int64_t SLICES = 8;  // of a sum over blocks, so that as many threads can share it
+
+template <int N> struct Of { typedef float type __attribute__((vector_size(N * 4))); };
+template <int N> using Vec = typename Of<N>::type;
+using Lanes = Vec<LANES>;
+
+template <class V> inline V load(const float* p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+template <class V> inline void store(float* p, const V& v) { std::memcpy(p, &v, sizeof v); }
+
+// C[m][n] = (or +=) sum over k of A[k][m] B[k][n]
+template <int M, int N, bool MORE>
+inline void tile(int64_t depth, const float* a, int64_t ak, int64_t am, const float* b, int64_t bk, float* c,
+                 int64_t cm) {
+    Lanes sum[M][N];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) sum[m][n] = MORE ? load<Lanes>(c + m * cm + n * LANES) : Lanes{};
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < depth; ++k) {
+        Lanes right[N];
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) right[n] = load<Lanes>(b + k * bk + n * LANES);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) {
+            const float left = a[k * ak + m * am];
+#pragma GCC unroll 16
+            for (int n = 0; n < N; ++n) sum[m][n] += left * right[n];
+        }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) store(c + m * cm + n * LANES, sum[m][n]);
+}
+
+// Panels of MR rows lie one behind another, ``ap`` apart.
+// All rows of a few columns. Panels of MR rows of A lie one behind another, ``ap`` apart.
+template <int N, bool MORE>
+inline void column(int64_t rows, int64_t depth, const float* a, int64_t ak, int64_t am, int64_t ap, const float* b,
+                   int64_t bk, float* c, int64_t cm) {
+    for (int64_t m = 0; m < rows; m += MR, a += ap) tile<MR, N, MORE>(depth, a, ak, am, b, bk, c + m * cm, cm);
+}
+
+#define SHUFFLE(NAME, ...)                                                                     \
+    template <int N, int... I>                                                                 \
+    inline Vec<N> NAME(const Vec<N>& p, const Vec<N>& q, std::integer_sequence<int, I...>) {   \
+        return __builtin_shufflevector(p, q, (__VA_ARGS__)...);                                \
+    }
+SHUFFLE(evens, 2 * I)
+SHUFFLE(odds, 2 * I + 1)
+SHUFFLE(after, I + 1)
+SHUFFLE(before, I ? I - 1 : N)
+SHUFFLE(low, I / 2 + (I % 2) * N)
+SHUFFLE(high, N / 2 + I / 2 + (I % 2) * N)
+template <int N> using Each = std::make_integer_sequence<int, N>;
+
+// A unit is a row of N tiles (planes 2N wide), or, for planes of 4 x 4, all four tiles of a plane.
+template <int N, bool SQUARE> struct Unit {
+    using V = Vec<N>;
+    static constexpr int64_t WIDTH = SQUARE ? 4 : 2 * N;
+
+    static inline void across(const V& left, const V& even, const V& odd, const V& right, float* to, int64_t step) {
+        store<V>(to, left - odd);
+        store<V>(to + step, even + odd);
+        store<V>(to + 2 * step, odd - even);
+        store<V>(to + 3 * step, even - right);
+    }
+
+    // x: the plane; i: which row of tiles; to[xi * step]
+    static inline void split(const float* x, int64_t height, int64_t i, float* to, int64_t step) {
+        if constexpr (SQUARE) {
+            using W = Vec<8>;
+            const V r0 = load<V>(x), r1 = load<V>(x + 4), r2 = load<V>(x + 8), r3 = load<V>(x + 12), none{};
+            const W p = __builtin_shufflevector(r0, r2, 0, 1, 2, 3, 4, 5, 6, 7), q = __builtin_shufflevector(r1, r3, 0, 1, 2, 3, 4, 5, 6, 7);
+            const W above = __builtin_shufflevector(none, r1, 0, 1, 2, 3, 4, 5, 6, 7), below = __builtin_shufflevector(r2, none, 0, 1, 2, 3, 4, 5, 6, 7);
+            const W t[4] = {above - q, p + q, q - p, p - below};
+            for (int k = 0; k < 4; ++k) {
+                const W zero{};
+                const V left = __builtin_shufflevector(t[k], zero, 8, 1, 8, 5), even = __builtin_shufflevector(t[k], zero, 0, 2, 4, 6);
+                const V odd = __builtin_shufflevector(t[k], zero, 1, 3, 5, 7), right = __builtin_shufflevector(t[k], zero, 2, 8, 6, 8);
+                across(left, even, odd, right, to + 4 * k * step, step);
+            }
+        } else {
+            V even[4], odd[4];
+            for (int k = 0; k < 4; ++k) {
+                const int64_t row = 2 * i + k - 1;
+                if (row < 0 || row >= height) { even[k] = odd[k] = V{}; continue; }
+                const V p = load<V>(x + row * WIDTH), q = load<V>(x + row * WIDTH + N);
+                even[k] = evens<N>(p, q, Each<N>{});
+                odd[k] = odds<N>(p, q, Each<N>{});
+            }
+            auto one = [&](const V& e, const V& o, int k) {
+                across(before<N>(o, V{}, Each<N>{}), e, o, after<N>(e, V{}, Each<N>{}), to + 4 * k * step, step);
+            };
+            one(even[0] - even[2], odd[0] - odd[2], 0);
+            one(even[1] + even[2], odd[1] + odd[2], 1);
+            one(even[2] - even[1], odd[2] - odd[1], 2);
+            one(even[1] - even[3], odd[1] - odd[3], 3);
+        }
+    }
+
+    // The transpose of ``join``: 2 x 2 numbers of each tile to 16.
+    static inline void spread(const float* y, int64_t i, float* to, int64_t step) {
+        V e0, o0, e1, o1;
+        if constexpr (SQUARE) {
+            using W = Vec<8>;
+            const W p = load<W>(y), q = load<W>(y + 8);  // rows 0 1, rows 2 3
+            e0 = __builtin_shufflevector(p, q, 0, 2, 8, 10);
+            o0 = __builtin_shufflevector(p, q, 1, 3, 9, 11);
+            e1 = __builtin_shufflevector(p, q, 4, 6, 12, 14);
+            o1 = __builtin_shufflevector(p, q, 5, 7, 13, 15);
+        } else {
+            const float* row = y + 2 * i * WIDTH;
+            V p = load<V>(row), q = load<V>(row + N);
+            e0 = evens<N>(p, q, Each<N>{}); o0 = odds<N>(p, q, Each<N>{});
+            p = load<V>(row + WIDTH); q = load<V>(row + WIDTH + N);
+            e1 = evens<N>(p, q, Each<N>{}); o1 = odds<N>(p, q, Each<N>{});
+        }
+        auto one = [&](const V& e, const V& o, int k) {
+            float* at = to + 4 * k * step;
+            store<V>(at, e); store<V>(at + step, e + o); store<V>(at + 2 * step, e - o); store<V>(at + 3 * step, -o);
+        };
+        one(e0, o0, 0);
+        one(e0 + e1, o0 + o1, 1);
+        one(e0 - e1, o0 - o1, 2);
+        one(-e1, -o1, 3);
+    }
+
+    static inline void join(const float* m, int64_t step, float bias, float* y, int64_t i) {
+        V s[2][4];
+        for (int k = 0; k < 4; ++k) {
+            const V a = load<V>(m + k * step), b = load<V>(m + (4 + k) * step), c = load<V>(m + (8 + k) * step), d = load<V>(m + (12 + k) * step);
+            s[0][k] = a + b + c;
+            s[1][k] = b - c - d;
+        }
+        V y00 = s[0][0] + s[0][1] + s[0][2] + bias, y01 = s[0][1] - s[0][2] - s[0][3] + bias;
+        V y10 = s[1][0] + s[1][1] + s[1][2] + bias, y11 = s[1][1] - s[1][2] - s[1][3] + bias;
+        if constexpr (SQUARE) {
+            store<V>(y, low<N>(y00, y01, Each<N>{}));
+            store<V>(y + 4, low<N>(y10, y11, Each<N>{}));
+            store<V>(y + 8, high<N>(y00, y01, Each<N>{}));
+            store<V>(y + 12, high<N>(y10, y11, Each<N>{}));
+        } else {
+            float* row = y + 2 * i * WIDTH;
+            store<V>(row, low<N>(y00, y01, Each<N>{}));
+            store<V>(row + N, high<N>(y00, y01, Each<N>{}));
+            store<V>(row + WIDTH, low<N>(y10, y11, Each<N>{}));
+            store<V>(row + WIDTH + N, high<N>(y10, y11, Each<N>{}));
+        }
+    }
+};
+
+// Memory of a thread, kept from call to call.
+inline float* scratch(size_t which, size_t numbers) {
+    thread_local std::vector<float> room[4];
+    if (room[which].size() < numbers + 16) room[which].resize(numbers + 16);
+    return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(room[which].data()) + 63) / 64 * 64);
+}
+
+// G g G' of filters, in panels of MR: u[xi][o / MR][c][o % MR] from w[o][c][9], or, ``turned``, from w[c][o][9] with each
+// filter rotated by half a turn.
+void filters(const float* w, float* u, int64_t outputs, int64_t inputs, bool turned) {
+    using V = Vec<MR>;
+    const int64_t step = inputs * outputs, next = 9 * (turned ? 1 : inputs);
+    for (int64_t p = 0; p < outputs; p += MR)
+        for (int64_t c = 0; c < inputs; ++c) {
+            const float* from = w + 9 * (turned ? c * outputs + p : p * inputs + c);
+            float g[9][MR];
+            for (int64_t o = 0; o < MR; ++o)
+                for (int k = 0; k < 9; ++k) g[k][o] = from[o * next + k];
+            V r[3][3];
+            for (int i = 0; i < 3; ++i)
+                for (int j = 0; j < 3; ++j) r[i][j] = load<V>(g[turned ? 8 - 3 * i - j : 3 * i + j]);
+            V t[4][3];
+            for (int j = 0; j < 3; ++j) {
+                const V ends = 0.5f * (r[0][j] + r[2][j]), half = 0.5f * r[1][j];
+                t[0][j] = r[0][j];
+                t[1][j] = ends + half;
+                t[2][j] = ends - half;
+                t[3][j] = r[2][j];
+            }
+            float* to = u + p * inputs + c * MR;
+            for (int i = 0; i < 4; ++i) {
+                const V ends = 0.5f * (t[i][0] + t[i][2]), half = 0.5f * t[i][1];
+                store<V>(to + 4 * i * step, t[i][0]);
+                store<V>(to + (4 * i + 1) * step, ends + half);
+                store<V>(to + (4 * i + 2) * step, ends - half);
+                store<V>(to + (4 * i + 3) * step, t[i][2]);
+            }
+        }
+}
+
+// What is convolved: planes of ``height`` in ``groups`` whose channels stand side by side, cut into units and blocks of them.
+template <int N, bool SQUARE> struct Work {
+    int64_t groups, inputs, outputs, height;
+    int64_t plane = height * Unit<N, SQUARE>::WIDTH, rows = SQUARE ? 1 : height / 2;
+    int64_t units, block = 2 * NR * LANES / N, blocks, wide = block * N;
+
+    Work(int64_t images, int64_t groups, int64_t inputs, int64_t outputs, int64_t height)
+        : groups(groups), inputs(inputs), outputs(outputs), height(height), units(images * rows),
+          blocks((units + block - 1) / block) {}
+
+    // f(unit in the block, where the plane of the channel begins, its row of tiles) for each unit of a block.
+    template <class F>
+    inline void each(int64_t b, int64_t channels, int64_t channel, const F& f) const {
+        const int64_t count = inside(b);
+        for (int64_t k = 0; k < count; ++k) {
+            const int64_t unit = b * block + k;
+            f(k, (unit / rows * groups * channels + channel) * plane, unit % rows);
+        }
+    }
+    int64_t inside(int64_t b) const { return std::min(block, units - b * block); }
+};
+
+template <int N, bool SQUARE>
+void convolve(const Work<N, SQUARE>& of, const float* x, const float* w, const float* bias, float* y, bool turned) {
+    using U = Unit<N, SQUARE>;
+    const int64_t size = 16 * of.inputs * of.outputs, in = of.inputs * of.wide, out = of.outputs * of.wide;
+    float* u = scratch(3, of.groups * size);
+#pragma omp parallel for if (of.groups > 1)
+    for (int64_t g = 0; g < of.groups; ++g) filters(w + g * of.inputs * of.outputs * 9, u + g * size, of.outputs, of.inputs, turned);
+#pragma omp parallel for collapse(2) if (of.groups * of.blocks > 1)
+    for (int64_t g = 0; g < of.groups; ++g)
+        for (int64_t b = 0; b < of.blocks; ++b) {
+            float* v = scratch(0, 16 * in);
+            float* m = scratch(1, 16 * out);
+            for (int64_t c = 0; c < of.inputs; ++c)
+                of.each(b, of.inputs, g * of.inputs + c, [&](int64_t k, int64_t at, int64_t row) {
+                    U::split(x + at, of.height, row, v + c * of.wide + k * N, in);
+                });
+            const int64_t vectors = (of.inside(b) * N + LANES - 1) / LANES;
+            for (int64_t xi = 0; xi < 16; ++xi) {
+                const float* left = u + g * size + xi * of.inputs * of.outputs;
+                for (int64_t n = 0; n < vectors; n += NR) {
+                    const float* right = v + xi * in + n * LANES;
+                    float* to = m + xi * out + n * LANES;
+                    const int64_t panel = MR * of.inputs;
+                    if (vectors - n >= NR)
+                        column<NR, false>(of.outputs, of.inputs, left, MR, 1, panel, right, of.wide, to, of.wide);
+                    else if (vectors - n == 2)
+                        column<2, false>(of.outputs, of.inputs, left, MR, 1, panel, right, of.wide, to, of.wide);
+                    else
+                        column<1, false>(of.outputs, of.inputs, left, MR, 1, panel, right, of.wide, to, of.wide);
+                }
+            }
+            for (int64_t o = 0; o < of.outputs; ++o) {
+                const float shift = bias ? bias[g * of.outputs + o] : 0.f;
+                of.each(b, of.outputs, g * of.outputs + o, [&](int64_t k, int64_t at, int64_t row) {
+                    U::join(m + o * of.wide + k * N, out, shift, y + at, row);
+                });
+            }
+        }
+}
+
+// Rows of 4 x 4 numbers as columns.
+inline void turn(const float* from, int64_t ld, float* to, int64_t td) {
+    using F = Vec<4>;
+    const F a = load<F>(from), b = load<F>(from + ld), c = load<F>(from + 2 * ld), d = load<F>(from + 3 * ld);
+    const F p = __builtin_shufflevector(a, b, 0, 4, 1, 5), q = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    const F r = __builtin_shufflevector(c, d, 0, 4, 1, 5), s = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    store<F>(to, __builtin_shufflevector(p, r, 0, 1, 4, 5));
+    store<F>(to + td, __builtin_shufflevector(p, r, 2, 3, 6, 7));
+    store<F>(to + 2 * td, __builtin_shufflevector(q, s, 0, 1, 4, 5));
+    store<F>(to + 3 * td, __builtin_shufflevector(q, s, 2, 3, 6, 7));
+}
+
+// G' m G of the sums of a group: gw[o][c][9].
+void filtered(const float* sum, float* gw, int64_t outputs, int64_t inputs, int64_t columns) {
+    const int64_t step = outputs * columns;
+    for (int64_t o = 0; o < outputs; ++o)
+        for (int64_t c = 0; c < inputs; ++c) {
+            const float* m = sum + o * columns + c;
+            float h[3][4];
+            for (int k = 0; k < 4; ++k) {
+                const float p = m[k * step], q = m[(4 + k) * step], r = m[(8 + k) * step], s = m[(12 + k) * step];
+                h[0][k] = p + 0.5f * (q + r);
+                h[1][k] = 0.5f * (q - r);
+                h[2][k] = s + 0.5f * (q + r);
+            }
+            float* to = gw + (o * inputs + c) * 9;
+            for (int k = 0; k < 3; ++k) {
+                to[3 * k] = h[k][0] + 0.5f * (h[k][1] + h[k][2]);
+                to[3 * k + 1] = 0.5f * (h[k][1] - h[k][2]);
+                to[3 * k + 2] = h[k][3] + 0.5f * (h[k][1] + h[k][2]);
+            }
+        }
+}
+
+template <int N, bool SQUARE>
+void weights(const Work<N, SQUARE>& of, const float* x, const float* gy, float* gw) {
+    using U = Unit<N, SQUARE>;
+    const int64_t columns = (of.inputs + PAIR - 1) / PAIR * PAIR, size = 16 * of.outputs * columns;
+    const int64_t slices = std::min(SLICES, (of.blocks + 3) / 4);
+    float* sums = scratch(3, of.groups * slices * size);
+#pragma omp parallel for collapse(2) if (of.groups * slices > 1)
+    for (int64_t g = 0; g < of.groups; ++g)
+        for (int64_t s = 0; s < slices; ++s) {
+            float* v = scratch(0, 16 * 4 * of.wide);  // of four channels
+            float* d = scratch(1, 16 * of.outputs * of.wide);
+            float* t = scratch(2, 16 * columns * of.wide);  // v of all, turned: [xi][c / PAIR][tile][c % PAIR]
+            float* sum = sums + (g * slices + s) * size;
+            std::memset(sum, 0, size * sizeof(float));
+            for (int64_t b = of.blocks * s / slices; b < of.blocks * (s + 1) / slices; ++b) {
+                const int64_t tiles = of.inside(b) * N;
+                for (int64_t c = 0; c < of.inputs; c += 4) {
+                    for (int64_t e = 0; e < 4; ++e)
+                        of.each(b, of.inputs, g * of.inputs + c + e, [&](int64_t k, int64_t at, int64_t row) {
+                            U::split(x + at, of.height, row, v + e * of.wide + k * N, 4 * of.wide);
+                        });
+                    for (int64_t xi = 0; xi < 16; ++xi) {
+                        float* to = t + (xi * columns + c / PAIR * PAIR) * of.wide + c % PAIR;
+                        for (int64_t k = 0; k < tiles; k += 4) turn(v + xi * 4 * of.wide + k, of.wide, to + k * PAIR, PAIR);
+                    }
+                }
+                for (int64_t o = 0; o < of.outputs; ++o)
+                    of.each(b, of.outputs, g * of.outputs + o, [&](int64_t k, int64_t at, int64_t row) {
+                        U::spread(gy + at, row, d + o * of.wide + k * N, of.outputs * of.wide);
+                    });
+                for (int64_t xi = 0; xi < 16; ++xi)
+                    for (int64_t n = 0; n < columns; n += PAIR)
+                        column<2, true>(of.outputs, tiles, d + xi * of.outputs * of.wide, 1, of.wide, MR * of.wide,
+                                        t + (xi * columns + n) * of.wide, PAIR, sum + xi * of.outputs * columns + n, columns);
+            }
+        }
+    for (int64_t g = 0; g < of.groups; ++g) {
+        float* total = sums + g * slices * size;
+        for (int64_t s = 1; s < slices; ++s)
+            for (int64_t i = 0; i < size; ++i) total[i] += total[s * size + i];
+        filtered(total, gw + g * of.outputs * of.inputs * 9, of.outputs, of.inputs, columns);
+    }
+}
+
+}  // namespace
+
+#define SIZES(CALL, ...)                                                                                      \
+    if (width == 4) CALL(Work<4, true>(images, groups, inputs, outputs, height), __VA_ARGS__);                \
+    else if (width == 8) CALL(Work<4, false>(images, groups, inputs, outputs, height), __VA_ARGS__);          \
+    else if (width == 16) CALL(Work<8, false>(images, groups, inputs, outputs, height), __VA_ARGS__);         \
+    else CALL(Work<16, false>(images, groups, inputs, outputs, height), __VA_ARGS__);
+
+// x [images, groups * inputs, height, width] to y [images, groups * outputs, height, width].
+extern "C" void convolve_float32(const float* x, const float* w, const float* bias, float* y, int64_t images, int64_t groups,
+                                 int64_t inputs, int64_t outputs, int64_t height, int64_t width, int64_t turned) {
+    SIZES(convolve, x, w, bias, y, turned != 0)
+}
+
+// The gradient in w [groups * outputs, inputs, 3, 3] from that in y.
+extern "C" void weights_float32(const float* x, const float* gy, float* gw, int64_t images, int64_t groups, int64_t inputs,
+                                int64_t outputs, int64_t height, int64_t width) {
+    SIZES(weights, x, gy, gw)
+}
