@@ -25,7 +25,7 @@ from distillens.core.recipe import Recipe
 from distillens.core.rng import Key
 from distillens.core.storage import fingerprint, read_json, write_json
 from distillens.engine.plan import Plan, Precision, cores
-from distillens.kernels import compiled, planes, winograd
+from distillens.kernels import compiled, convolutions, planes
 from distillens.train import Training, train_chunk
 
 BATCHES = (10, 100)  # images a step that the field's small sets come in: 1 and 10 a class
@@ -88,7 +88,7 @@ class _Asked:
         self.name = fingerprint(
             [version("distillens"), str(torch.__version__), compiled.processor(), cores()],
             [kernels.available(), list(like.shape), like.k, describe(net), threads, precision],
-            planes.SOURCE.read_bytes() + winograd.SOURCE.read_bytes(),
+            planes.SOURCE.read_bytes() + convolutions.SOURCE.read_bytes(),
             Path(__file__).read_bytes(),
         )
 

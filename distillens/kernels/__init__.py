@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from distillens.kernels import conv_block, planes, winograd
+from distillens.kernels import conv_block, convolutions, planes
 
 Kernels = Literal["winograd", "fused", "plain"]
 
@@ -22,7 +22,8 @@ Kernels = Literal["winograd", "fused", "plain"]
 class Setting:
     """Which kernels, and whether the products of convolutions are rounded to bfloat16.
 
-    Kernels are PyTorch's (plain), compiled planes beside PyTorch's convolutions (fused), or these with convolutions in fewer products (winograd).
+    Kernels are PyTorch's (plain), compiled planes beside PyTorch's convolutions (fused), or these with
+    convolutions of our own in fewer products (winograd).
     ``products`` are those that a gradient flows through, ``targets`` those of real data that none flows through. Sums,
     norms, parameters and what leaves a network stay in float32.
     """
@@ -35,7 +36,7 @@ class Setting:
 def available() -> tuple[Kernels, ...]:
     """Which kernels this machine can have, the simplest first."""
     fused: tuple[Kernels, ...] = ("fused",) if planes.available() else ()
-    fewer: tuple[Kernels, ...] = ("winograd",) if fused and winograd.available() else ()
+    fewer: tuple[Kernels, ...] = ("winograd",) if fused and convolutions.available() else ()
     return "plain", *fused, *fewer
 
 

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from distillens.kernels import planes, winograd
+from distillens.kernels import convolutions, planes
+from distillens.kernels.convolutions import FEW
 
 EPSILON = 1e-5  # PyTorch's
-FEW = 4  # channels of an image, not of a hidden layer
 
 
 def plain(
@@ -80,7 +80,7 @@ def fused(
     """The block by the kernels: ``x`` [n, c, h, w] to [n, o, h' // 2, w' // 2], in the precision of ``x``.
 
     ``weight`` [o, c / groups, 3, 3] and ``bias`` [o] are rounded to it; gamma and beta [o] are not, nor are sums. With
-    ``fewer`` the convolutions are in fewer products, where ``winograd`` takes them.
+    ``fewer`` the convolutions are in fewer products, where ``convolutions`` takes them.
     """
     # Images of one channel count as plain in either order of memory: the convolution would take the slow one. Here, not
     # inside: what a Function saves must be what it was given, or the second derivative loses its way.
@@ -109,8 +109,8 @@ def _multiplied(x: torch.Tensor) -> torch.dtype:
 def _conv(
     x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, padding: int, groups: int, fewer: bool
 ) -> torch.Tensor:
-    if fewer and winograd.fit(x, w, padding):
-        return winograd.convolve(x, w, b, groups)
+    if fewer and convolutions.fit(x, w, padding):
+        return convolutions.convolve(x, w, b, padding, groups)
     kind = _multiplied(x)
     bias = None if b is None else b.to(kind)
     return torch.conv2d(x.to(kind), w.to(kind), bias, padding=padding, groups=groups).to(x.dtype).contiguous()
@@ -126,12 +126,6 @@ def _conv_back(
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Any, Any, Any]:
     """The gradient in x, w and bias, where wanted."""
-    if fewer and winograd.fit(x, w, padding):
-        return (
-            winograd.back(g, w, groups) if wanted[0] else None,
-            winograd.in_weight(x, g, groups) if wanted[1] else None,
-            g.sum((0, 2, 3)) if wanted[2] else None,
-        )
     kind, taken = g.dtype, _multiplied(g)
     g, x, w = g.to(taken), x.to(taken), w.to(taken)
     gx = None
@@ -141,6 +135,12 @@ def _conv_back(
         wanted = (False, *wanted[1:])
     if not any(wanted):
         return gx, None, None
+    if fewer and convolutions.fit(x, w, padding) and not (wanted[0] and w.shape[1] <= FEW):
+        return (
+            convolutions.back(g, w, groups) if wanted[0] else gx,
+            convolutions.in_weight(x, g, padding, groups) if wanted[1] else None,
+            g.sum((0, 2, 3)) if wanted[2] else None,
+        )
     found = torch.ops.aten.convolution_backward(
         g, x, w, [len(w)], [1, 1], [padding, padding], [1, 1], False, [0, 0], groups, list(wanted)
     )

@@ -15,7 +15,7 @@ from distillens.core.rng import Key
 from distillens.data.planted import planted
 from distillens.engine import plan as plans
 from distillens.engine.plan import Plan
-from distillens.kernels import compiled, planes, winograd
+from distillens.kernels import compiled, convolutions, planes
 from distillens.nets.convnet import ConvNet
 
 NET = ConvNet(depth=1, width=4)
@@ -219,7 +219,7 @@ def test_a_plan_of_compiled_kernels_is_refused_where_there_is_no_compiler(
 
 @pytest.mark.skipif(not planes.available(), reason="no C++ compiler")
 def test_a_compiler_that_makes_the_planes_alone_is_enough_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(winograd, "available", lambda: False)
+    monkeypatch.setattr(convolutions, "available", lambda: False)
     assert kernels.available() == ("plain", "fused")
     with pytest.raises(UserError, match="compiled kernels"), Plan(kernels="winograd").pinned():
         pass

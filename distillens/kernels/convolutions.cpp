@@ -1,5 +1,6 @@
-// 3 x 3 convolutions, padded by one, of planes of even height that are 4 (and 4 high), 8, 16 or 32 wide, by Winograd's
-// minimal filtering F(2 x 2, 3 x 3): 16 products for every 2 x 2 results and channel, where the sum over the filter takes 36.
+// 3 x 3 convolutions. Of few channels (the colours of an image): one product of the filters with the nine shifted planes of
+// each. Of many, padded by one, in planes of even height that are 4 (and 4 high), 8, 16 or 32 wide: Winograd's minimal
+// filtering F(2 x 2, 3 x 3), 16 products for every 2 x 2 results and channel, where the sum over the filter takes 36:
 //
 //   y = A' [ (G g G') * (B' d B) ] A      d: 4 x 4 of the image (a tile), g: a filter, y: 2 x 2 of the result
 //
@@ -84,6 +85,16 @@ SHUFFLE(before, I ? I - 1 : N)
 SHUFFLE(low, I / 2 + (I % 2) * N)
 SHUFFLE(high, N / 2 + I / 2 + (I % 2) * N)
 template <int N> using Each = std::make_integer_sequence<int, N>;
+
+// So many vectors of columns.
+template <bool MORE>
+inline void columns(int64_t vectors, int64_t rows, int64_t depth, const float* a, int64_t ak, int64_t am, int64_t ap,
+                    const float* b, int64_t bk, float* c, int64_t cm) {
+    for (; vectors >= NR; vectors -= NR, b += NR * LANES, c += NR * LANES)
+        column<NR, MORE>(rows, depth, a, ak, am, ap, b, bk, c, cm);
+    if (vectors == 2) column<2, MORE>(rows, depth, a, ak, am, ap, b, bk, c, cm);
+    if (vectors == 1) column<1, MORE>(rows, depth, a, ak, am, ap, b, bk, c, cm);
+}
 
 // A unit is a row of N tiles (planes 2N wide), or, for planes of 4 x 4, all four tiles of a plane.
 template <int N, bool SQUARE> struct Unit {
@@ -260,20 +271,9 @@ void convolve(const Work<N, SQUARE>& of, const float* x, const float* w, const f
                     U::split(x + at, of.height, row, v + c * of.wide + k * N, in);
                 });
             const int64_t vectors = (of.inside(b) * N + LANES - 1) / LANES;
-            for (int64_t xi = 0; xi < 16; ++xi) {
-                const float* left = u + g * size + xi * of.inputs * of.outputs;
-                for (int64_t n = 0; n < vectors; n += NR) {
-                    const float* right = v + xi * in + n * LANES;
-                    float* to = m + xi * out + n * LANES;
-                    const int64_t panel = MR * of.inputs;
-                    if (vectors - n >= NR)
-                        column<NR, false>(of.outputs, of.inputs, left, MR, 1, panel, right, of.wide, to, of.wide);
-                    else if (vectors - n == 2)
-                        column<2, false>(of.outputs, of.inputs, left, MR, 1, panel, right, of.wide, to, of.wide);
-                    else
-                        column<1, false>(of.outputs, of.inputs, left, MR, 1, panel, right, of.wide, to, of.wide);
-                }
-            }
+            for (int64_t xi = 0; xi < 16; ++xi)
+                columns<false>(vectors, of.outputs, of.inputs, u + g * size + xi * of.inputs * of.outputs, MR, 1, MR * of.inputs,
+                               v + xi * in, of.wide, m + xi * out, of.wide);
             for (int64_t o = 0; o < of.outputs; ++o) {
                 const float shift = bias ? bias[g * of.outputs + o] : 0.f;
                 of.each(b, of.outputs, g * of.outputs + o, [&](int64_t k, int64_t at, int64_t row) {
@@ -361,6 +361,86 @@ void weights(const Work<N, SQUARE>& of, const float* x, const float* gy, float* 
     }
 }
 
+// A convolution of few channels, in pieces of some rows of the result: whole vectors.
+struct Few {
+    int64_t images, groups, inputs, outputs, height, width, padding;
+    int64_t out_height = height + 2 * padding - 2, out_width = width + 2 * padding - 2, plane = out_height * out_width;
+    int64_t taps = 9 * inputs, least = out_width % LANES ? LANES / 8 : 1;
+    int64_t rows = std::max(least, 2 * NR * LANES / out_width / least * least), wide = rows * out_width;
+
+    int64_t pixels(int64_t first) const { return std::min(rows, out_height - first) * out_width; }
+
+    // to[c, i, j][pixel]: the planes of an image, shifted by each place of a filter, from row ``first`` of the result on.
+    void shifted(const float* x, int64_t first, float* to) const {
+        for (int64_t tap = 0; tap < taps; ++tap, to += wide) {
+            const int64_t i = tap / 3 % 3, j = tap % 3;
+            const int64_t low = std::max<int64_t>(0, padding - j), high = std::min(out_width, width + padding - j);
+            for (int64_t r = 0; r * out_width < pixels(first); ++r) {
+                const int64_t from = first + r + i - padding;
+                float* row = to + r * out_width;
+                if (from < 0 || from >= height) {
+                    std::memset(row, 0, out_width * sizeof(float));
+                    continue;
+                }
+                std::fill(row, row + low, 0.f);
+                std::memcpy(row + low, x + tap / 9 * height * width + from * width + low + j - padding, (high - low) * sizeof(float));
+                std::fill(row + high, row + out_width, 0.f);
+            }
+        }
+    }
+
+    void convolve(const float* x, const float* w, const float* bias, float* y) const {
+        const int64_t depth = taps + 1;  // the last is the bias, of a plane of ones
+        float* f = scratch(3, groups * outputs * depth);
+        for (int64_t o = 0; o < groups * outputs; ++o)
+            for (int64_t k = 0; k < depth; ++k)
+                f[(o / MR * depth + k) * MR + o % MR] = k < taps ? w[o * taps + k] : bias ? bias[o] : 0.f;
+#pragma omp parallel for collapse(2) if (images * groups > 1)
+        for (int64_t n = 0; n < images; ++n)
+            for (int64_t g = 0; g < groups; ++g) {
+                float* right = scratch(0, depth * wide);
+                std::fill(right + taps * wide, right + depth * wide, 1.f);
+                for (int64_t first = 0; first < out_height; first += rows) {
+                    shifted(x + (n * groups + g) * inputs * height * width, first, right);
+                    columns<false>(pixels(first) / LANES, outputs, depth, f + g * outputs * depth, MR, 1, MR * depth, right, wide,
+                                   y + (n * groups + g) * outputs * plane + first * out_width, plane);
+                }
+            }
+    }
+
+    void weights(const float* x, const float* gy, float* gw) const {
+        const int64_t padded = (taps + PAIR - 1) / PAIR * PAIR, size = outputs * padded;
+        const int64_t slices = std::min(SLICES, (images + 3) / 4);
+        float* sums = scratch(3, groups * slices * size);
+#pragma omp parallel for collapse(2) if (groups * slices > 1)
+        for (int64_t g = 0; g < groups; ++g)
+            for (int64_t s = 0; s < slices; ++s) {
+                float* left = scratch(0, padded * wide);
+                float* right = scratch(2, padded * wide);
+                float* sum = sums + (g * slices + s) * size;
+                std::memset(sum, 0, size * sizeof(float));
+                std::memset(left, 0, padded * wide * sizeof(float));
+                for (int64_t n = images * s / slices; n < images * (s + 1) / slices; ++n)
+                    for (int64_t first = 0; first < out_height; first += rows) {
+                        shifted(x + (n * groups + g) * inputs * height * width, first, left);
+                        for (int64_t k = 0; k < padded; k += 4)
+                            for (int64_t p = 0; p < pixels(first); p += 4)
+                                turn(left + k * wide + p, wide, right + (k / PAIR * wide + p) * PAIR + k % PAIR, PAIR);
+                        const float* from = gy + (n * groups + g) * outputs * plane + first * out_width;
+                        for (int64_t k = 0; k < padded; k += PAIR)
+                            column<2, true>(outputs, pixels(first), from, 1, plane, MR * plane, right + k * wide, PAIR, sum + k, padded);
+                    }
+            }
+        for (int64_t g = 0; g < groups; ++g)
+            for (int64_t o = 0; o < outputs; ++o)
+                for (int64_t k = 0; k < taps; ++k) {
+                    float total = 0;
+                    for (int64_t s = 0; s < slices; ++s) total += sums[(g * slices + s) * size + o * padded + k];
+                    gw[(g * outputs + o) * taps + k] = total;
+                }
+    }
+};
+
 }  // namespace
 
 #define SIZES(CALL, ...)                                                                                      \
@@ -379,4 +459,14 @@ extern "C" void convolve_float32(const float* x, const float* w, const float* bi
 extern "C" void weights_float32(const float* x, const float* gy, float* gw, int64_t images, int64_t groups, int64_t inputs,
                                 int64_t outputs, int64_t height, int64_t width) {
     SIZES(weights, x, gy, gw)
+}
+
+extern "C" void few_convolve_float32(const float* x, const float* w, const float* bias, float* y, int64_t images, int64_t groups,
+                                     int64_t inputs, int64_t outputs, int64_t height, int64_t width, int64_t padding) {
+    Few{images, groups, inputs, outputs, height, width, padding}.convolve(x, w, bias, y);
+}
+
+extern "C" void few_weights_float32(const float* x, const float* gy, float* gw, int64_t images, int64_t groups, int64_t inputs,
+                                    int64_t outputs, int64_t height, int64_t width, int64_t padding) {
+    Few{images, groups, inputs, outputs, height, width, padding}.weights(x, gy, gw);
 }

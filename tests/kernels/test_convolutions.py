@@ -1,4 +1,4 @@
-"""Convolutions in fewer products against PyTorch's in float64: values, gradients, and the block that uses them."""
+"""Our convolutions against PyTorch's in float64: values, gradients, and the block that uses them."""
 
 from __future__ import annotations
 
@@ -7,32 +7,41 @@ import torch
 
 from distillens import kernels
 from distillens.core.rng import Key
-from distillens.kernels import Setting, conv_block, winograd
+from distillens.kernels import Setting, conv_block, convolutions
 
-pytestmark = pytest.mark.skipif(not winograd.available(), reason="no C++ compiler that makes them")
+pytestmark = pytest.mark.skipif(not convolutions.available(), reason="no C++ compiler that makes them")
 
-# (images, height, width, channels in and out of a group, groups): each layout, one image, part of a block, several blocks,
+# (images, height, width, channels in and out of a group, groups, padding): each layout, one image, part of a block, several blocks,
 # sums over blocks in several slices, channels that fill no pair of vectors.
 SIZES = [
-    pytest.param(1, 4, 4, 8, 8, 1, id="one of 4x4"),
-    pytest.param(7, 4, 4, 32, 16, 3, id="4x4 in 3 groups"),
-    pytest.param(300, 4, 4, 8, 24, 1, id="many of 4x4"),
-    pytest.param(5, 8, 8, 16, 32, 2, id="8x8 in 2 groups"),
-    pytest.param(3, 2, 8, 8, 8, 1, id="2x8"),
-    pytest.param(3, 6, 16, 40, 8, 1, id="6x16"),
-    pytest.param(40, 16, 16, 8, 8, 1, id="16x16"),
-    pytest.param(2, 32, 32, 8, 16, 2, id="32x32 in 2 groups"),
+    pytest.param(1, 4, 4, 8, 8, 1, 1, id="one of 4x4"),
+    pytest.param(7, 4, 4, 32, 16, 3, 1, id="4x4 in 3 groups"),
+    pytest.param(300, 4, 4, 8, 24, 1, 1, id="many of 4x4"),
+    pytest.param(5, 8, 8, 16, 32, 2, 1, id="8x8 in 2 groups"),
+    pytest.param(3, 2, 8, 8, 8, 1, 1, id="2x8"),
+    pytest.param(3, 6, 16, 40, 8, 1, 1, id="6x16"),
+    pytest.param(40, 16, 16, 8, 8, 1, 1, id="16x16"),
+    pytest.param(2, 32, 32, 8, 16, 2, 1, id="32x32 in 2 groups"),
+    pytest.param(5, 32, 32, 3, 16, 1, 1, id="3 colours of 32x32"),
+    pytest.param(9, 28, 28, 1, 8, 1, 3, id="grey 28x28 padded by 3"),
+    pytest.param(9, 8, 8, 1, 32, 3, 1, id="grey 8x8 in 3 groups"),
+    pytest.param(1, 6, 8, 4, 8, 2, 1, id="4 channels of 6x8"),
+    pytest.param(3, 64, 48, 3, 8, 1, 1, id="3 colours of 64x48"),
+    pytest.param(33, 18, 10, 2, 8, 1, 0, id="unpadded, 2 channels of 18x10"),
+    pytest.param(2, 4, 128, 1, 8, 1, 1, id="grey 4x128"),
 ]
 
 
-def given(n: int, h: int, w: int, inputs: int, outputs: int, groups: int) -> list[torch.Tensor]:
+def given(
+    n: int, h: int, w: int, inputs: int, outputs: int, groups: int, padding: int = 1
+) -> list[torch.Tensor]:
     """Images, weight, bias and the gradient in the result."""
     key = Key(5)
     return [
         key.fold("x").normal(n, groups * inputs, h, w),
         key.fold("w").normal(groups * outputs, inputs, 3, 3),
         key.fold("b").normal(groups * outputs),
-        key.fold("g").normal(n, groups * outputs, h, w),
+        key.fold("g").normal(n, groups * outputs, h + 2 * padding - 2, w + 2 * padding - 2),
     ]
 
 
@@ -40,53 +49,63 @@ def far(found: torch.Tensor, exact: torch.Tensor) -> float:
     return float((found.double() - exact).norm() / exact.norm())
 
 
-@pytest.mark.parametrize(("n", "h", "w", "inputs", "outputs", "groups"), SIZES)
+@pytest.mark.parametrize(("n", "h", "w", "inputs", "outputs", "groups", "padding"), SIZES)
 def test_values_and_gradients_are_those_of_a_convolution(
-    n: int, h: int, w: int, inputs: int, outputs: int, groups: int
+    n: int, h: int, w: int, inputs: int, outputs: int, groups: int, padding: int
 ) -> None:
-    x, weight, bias, g = given(n, h, w, inputs, outputs, groups)
-    assert winograd.fit(x, weight, 1)
+    x, weight, bias, g = given(n, h, w, inputs, outputs, groups, padding)
+    assert convolutions.fit(x, weight, padding)
     exact = [t.double().requires_grad_() for t in (x, weight, bias)]
-    y = torch.conv2d(*exact, padding=1, groups=groups)
+    y = torch.conv2d(*exact, padding=padding, groups=groups)
     gx, gw, _ = torch.autograd.grad(y, exact, g.double())
-    assert far(winograd.convolve(x, weight, bias, groups), y.detach()) < 1e-6
-    bare = torch.conv2d(*exact[:2], padding=1, groups=groups)
-    assert far(winograd.convolve(x, weight, None, groups), bare.detach()) < 1e-6
-    assert far(winograd.back(g, weight, groups), gx) < 1e-6
-    assert far(winograd.in_weight(x, g, groups), gw) < 2e-6
+    assert far(convolutions.convolve(x, weight, bias, padding, groups), y.detach()) < 1e-6
+    bare = torch.conv2d(*exact[:2], padding=padding, groups=groups)
+    assert far(convolutions.convolve(x, weight, None, padding, groups), bare.detach()) < 1e-6
+    if inputs > convolutions.FEW:
+        assert far(convolutions.back(g, weight, groups), gx) < 1e-6
+    assert far(convolutions.in_weight(x, g, padding, groups), gw) < 2e-6
 
 
 def test_errors_are_no_larger_than_those_of_pytorch() -> None:
     x, weight, bias, _ = given(32, 16, 16, 64, 64, 1)
     exact = torch.conv2d(x.double(), weight.double(), bias.double(), padding=1)
-    ours, theirs = winograd.convolve(x, weight, bias, 1), torch.conv2d(x, weight, bias, padding=1)
+    ours, theirs = convolutions.convolve(x, weight, bias, 1, 1), torch.conv2d(x, weight, bias, padding=1)
     assert far(ours, exact) < 2 * far(theirs, exact)
 
 
 @pytest.mark.parametrize("memory", ["colours last", "a slice"])
 def test_memory_of_any_order_is_taken(memory: str) -> None:
     x, weight, bias, g = given(5, 8, 8, 16, 32, 1)
-    expected = winograd.convolve(x, weight, bias, 1), winograd.back(g, weight, 1), winograd.in_weight(x, g, 1)
+    expected = (
+        convolutions.convolve(x, weight, bias, 1, 1),
+        convolutions.back(g, weight, 1),
+        convolutions.in_weight(x, g, 1, 1),
+    )
     if memory == "colours last":
         x, weight, g = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight, g))
     else:
         x, weight, g = (torch.stack([t, t], 1).flatten(0, 1)[::2] for t in (x, weight, g))
         bias = torch.stack([bias, bias], 1).flatten()[::2]
-    found = winograd.convolve(x, weight, bias, 1), winograd.back(g, weight, 1), winograd.in_weight(x, g, 1)
+    found = (
+        convolutions.convolve(x, weight, bias, 1, 1),
+        convolutions.back(g, weight, 1),
+        convolutions.in_weight(x, g, 1, 1),
+    )
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-def test_threads_and_other_images_change_no_bit() -> None:
-    x, weight, bias, g = given(300, 8, 8, 16, 16, 2)
+@pytest.mark.parametrize("inputs", [1, 16])
+def test_threads_and_other_images_change_no_bit(inputs: int) -> None:
+    x, weight, bias, g = given(300, 8, 8, inputs, 16, 2)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             found.append(
                 (
-                    winograd.convolve(x, weight, bias, 2),
-                    winograd.back(g, weight, 2),
-                    winograd.in_weight(x, g, 2),
+                    convolutions.convolve(x, weight, bias, 1, 2),
+                    convolutions.back(g, weight, 2) if inputs > 1 else g,
+                    convolutions.in_weight(x, g, 1, 2),
                 )
             )
     finally:
@@ -94,13 +113,13 @@ def test_threads_and_other_images_change_no_bit() -> None:
     assert all(
         torch.equal(one, other) for each in found[1:] for one, other in zip(found[0], each, strict=True)
     )
-    assert torch.equal(winograd.convolve(x[17:18], weight, bias, 2), found[0][0][17:18])
+    assert torch.equal(convolutions.convolve(x[17:18], weight, bias, 1, 2), found[0][0][17:18])
 
 
 def test_what_is_not_a_number_stays_in_its_image() -> None:
     x, weight, bias, _ = given(7, 4, 4, 8, 8, 1)
     x[3, 2, 1, 1] = float("nan")
-    y = winograd.convolve(x, weight, bias, 1)
+    y = convolutions.convolve(x, weight, bias, 1, 1)
     assert bool(y[3].isnan().any()) and not bool(y[[0, 1, 2, 4, 5, 6]].isnan().any())
 
 
@@ -111,7 +130,10 @@ def test_what_is_not_a_number_stays_in_its_image() -> None:
         ((2, 8, 7, 8), (8, 8, 3, 3), 1),
         ((2, 8, 8, 4), (8, 8, 3, 3), 1),
         ((2, 8, 12, 12), (8, 8, 3, 3), 1),
-        ((2, 3, 8, 8), (8, 3, 3, 3), 1),
+        ((2, 5, 8, 8), (8, 5, 3, 3), 1),
+        ((2, 3, 8, 12), (8, 3, 3, 3), 1),
+        ((2, 3, 5, 8), (8, 3, 3, 3), 1),
+        ((2, 3, 8, 8), (12, 3, 3, 3), 1),
         ((2, 8, 8, 8), (12, 8, 3, 3), 1),
         ((2, 32, 8, 8), (8, 16, 3, 3), 1),  # two groups of 4 results
         ((0, 8, 8, 8), (8, 8, 3, 3), 1),
@@ -121,7 +143,7 @@ def test_what_they_do_not_take_is_convolved_as_ever(
     shape: tuple[int, ...], weight: tuple[int, ...], padding: int
 ) -> None:
     x, w, b = Key(1).normal(*shape), Key(2).normal(*weight), Key(3).normal(weight[0])
-    assert not winograd.fit(x, w, padding)
+    assert not convolutions.fit(x, w, padding)
     if len(x):
         rest = (w, b, Key(4).uniform(len(b)), Key(5).normal(len(b)), padding, shape[1] // weight[1])
         assert torch.equal(conv_block.fused(x, *rest, True), conv_block.fused(x, *rest))
@@ -130,7 +152,9 @@ def test_what_they_do_not_take_is_convolved_as_ever(
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_numbers_than_float32_are_not_taken(dtype: torch.dtype) -> None:
     x, weight, _, _ = given(5, 8, 8, 16, 32, 1)
-    assert not winograd.fit(x.to(dtype), weight.to(dtype), 1) and not winograd.fit(x, weight.to(dtype), 1)
+    assert not convolutions.fit(x.to(dtype), weight.to(dtype), 1) and not convolutions.fit(
+        x, weight.to(dtype), 1
+    )
 
 
 @pytest.mark.parametrize("size", [4, 8, 16])
@@ -162,8 +186,8 @@ def test_they_are_used_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch)
     x, weight, bias, _ = given(5, 8, 8, 16, 32, 1)
     rest = (x, weight, bias, torch.ones(32), torch.zeros(32))
     calls: list[int] = []
-    convolve = winograd.convolve
-    monkeypatch.setattr(winograd, "convolve", lambda *a: calls.append(1) or convolve(*a))
+    convolve = convolutions.convolve
+    monkeypatch.setattr(convolutions, "convolve", lambda *a: calls.append(1) or convolve(*a))
     for setting, count in ((Setting(), 0), (Setting("fused"), 0), (Setting("winograd"), 1)):
         with kernels.using(setting):
             kernels.block(*rest)
