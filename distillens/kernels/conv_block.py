@@ -93,7 +93,8 @@ def fused(
 @cache
 def multiplies_bfloat16() -> bool:
     """Whether this processor multiplies bfloat16 as PyTorch goes about it."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    # A build without the library has no such question to ask.
+    return bool(torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _multiplied(x: torch.Tensor) -> torch.dtype:

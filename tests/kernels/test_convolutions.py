@@ -157,13 +157,17 @@ def test_other_numbers_than_float32_are_not_taken(dtype: torch.dtype) -> None:
     )
 
 
-@pytest.mark.parametrize("size", [4, 8, 16])
-def test_second_derivatives_of_the_block_are_those_of_plain_pytorch(size: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "channels", "groups"), [(4, 8, 2), (8, 8, 2), (16, 8, 2), (8, 3, 1), (8, 1, 2)]
+)
+def test_second_derivatives_of_the_block_are_those_of_plain_pytorch(
+    size: int, channels: int, groups: int
+) -> None:
     """Of <v, gradients> for the gradients in all five inputs: as matching, unrolling and Hessian products take them."""
-    n, channels, groups = 6, 8, 2
-    x, weight, bias, _ = given(n, size, size, channels, channels, groups)
+    n, outputs = 6, 8
+    x, weight, bias, _ = given(n, size, size, channels, outputs, groups)
     more = [0.5 + Key(6).uniform(len(bias)), 0.3 * Key(7).normal(len(bias))]
-    g = Key(8).normal(n, groups * channels, size // 2, size // 2)
+    g = Key(8).normal(n, groups * outputs, size // 2, size // 2)
     found = []
     for dtype in (torch.float32, torch.float64):
         leaves = [t.to(dtype).requires_grad_() for t in (x, weight, bias, *more)]
