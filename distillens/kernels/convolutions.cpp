@@ -415,11 +415,10 @@ struct Few {
 #pragma omp parallel for collapse(2) if (groups * slices > 1)
         for (int64_t g = 0; g < groups; ++g)
             for (int64_t s = 0; s < slices; ++s) {
-                float* left = scratch(0, padded * wide);
+                float* left = scratch(0, padded * wide);  // rows beyond the taps end in columns that nobody reads
                 float* right = scratch(2, padded * wide);
                 float* sum = sums + (g * slices + s) * size;
                 std::memset(sum, 0, size * sizeof(float));
-                std::memset(left, 0, padded * wide * sizeof(float));
                 for (int64_t n = images * s / slices; n < images * (s + 1) / slices; ++n)
                     for (int64_t first = 0; first < out_height; first += rows) {
                         shifted(x + (n * groups + g) * inputs * height * width, first, left);

@@ -158,22 +158,23 @@ def test_other_numbers_than_float32_are_not_taken(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "channels", "groups"), [(4, 8, 2), (8, 8, 2), (16, 8, 2), (8, 3, 1), (8, 1, 2)]
+    ("size", "channels", "groups", "padding"),
+    [(4, 8, 2, 1), (8, 8, 2, 1), (16, 8, 2, 1), (8, 3, 1, 1), (8, 1, 2, 1), (28, 1, 1, 3)],
 )
 def test_second_derivatives_of_the_block_are_those_of_plain_pytorch(
-    size: int, channels: int, groups: int
+    size: int, channels: int, groups: int, padding: int
 ) -> None:
     """Of <v, gradients> for the gradients in all five inputs: as matching, unrolling and Hessian products take them."""
     n, outputs = 6, 8
     x, weight, bias, _ = given(n, size, size, channels, outputs, groups)
     more = [0.5 + Key(6).uniform(len(bias)), 0.3 * Key(7).normal(len(bias))]
-    g = Key(8).normal(n, groups * outputs, size // 2, size // 2)
+    g = Key(8).normal(n, groups * outputs, size // 2 + padding - 1, size // 2 + padding - 1)
     found = []
     for dtype in (torch.float32, torch.float64):
         leaves = [t.to(dtype).requires_grad_() for t in (x, weight, bias, *more)]
         extra = {} if dtype == torch.float64 else {"fewer": True}
         block = conv_block.plain if dtype == torch.float64 else conv_block.fused
-        y = block(*leaves, 1, groups, **extra)
+        y = block(*leaves, padding, groups, **extra)
         first = torch.autograd.grad(y, leaves, g.to(dtype), create_graph=True)
         v = [Key(9).fold(str(i)).normal(*each.shape).to(dtype) for i, each in enumerate(first)]
         second = torch.autograd.grad(first, leaves, v)
