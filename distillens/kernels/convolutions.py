@@ -2,8 +2,8 @@
 
 PyTorch's are slow at the few colours of an image (a tenth of what the processor can, on some), and take every product. Ours are one
 matrix product where channels are few, and Winograd's minimal filtering where they are many: a tile of 2 x 2 results takes 16 products a
-channel instead of 36, and sums, of which there are few a product where there are many channels. Float32 throughout, with errors no
-larger than those of PyTorch's own.
+channel instead of 36, and sums, of which there are few a product where there are many channels. Float32 throughout, with errors of
+the size of those of PyTorch's own (docs/engine.md).
 
 Source: Winograd 1980; Lavin & Gray 2016 (F(2 x 2, 3 x 3)). The gradient in the filters is the transpose of the same lines.
 """
