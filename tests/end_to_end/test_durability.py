@@ -219,11 +219,12 @@ def test_ctrl_c_stops_a_study_cleanly_and_it_goes_on(
     assert settled(to) == settled(small_study)
 
 
-@pytest.mark.parametrize("quiet", [True, False])
+@pytest.mark.parametrize(("quiet", "terminal"), [(True, "0"), (False, "0"), (False, "1")])
 def test_an_interrupt_that_a_callback_swallows_is_heeded_at_the_next_step(
-    monkeypatch: pytest.MonkeyPatch, quiet: bool
+    monkeypatch: pytest.MonkeyPatch, quiet: bool, terminal: str
 ) -> None:
     """One raised in a finaliser is printed and forgotten by the interpreter, and the work would go on."""
+    monkeypatch.setenv("TTY_COMPATIBLE", terminal)  # what rich takes standard error for
     monkeypatch.setattr(cli, "_asked_to_stop", threading.Event())
     with cli._progress(quiet) as tell:
         tell("work", 1, 9)
