@@ -65,7 +65,6 @@ inline void tile(int64_t depth, const float* a, int64_t ak, int64_t am, const fl
         for (int n = 0; n < N; ++n) store(c + m * cm + n * LANES, sum[m][n]);
 }
 
-// Panels of MR rows lie one behind another, ``ap`` apart.
 // All rows of a few columns. Panels of MR rows of A lie one behind another, ``ap`` apart.
 template <int N, bool MORE>
 inline void column(int64_t rows, int64_t depth, const float* a, int64_t ak, int64_t am, int64_t ap, const float* b,
