@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,19 +33,6 @@ app = typer.Typer(
 )
 
 LINE_SECONDS = 15.0
-_asked_to_stop = threading.Event()
-
-
-def _stop(*_: object) -> None:
-    """Ctrl-C, remembered: one that comes while the interpreter runs a callback is raised where nobody hears it."""
-    _asked_to_stop.set()
-    raise KeyboardInterrupt
-
-
-def _heed() -> None:
-    if _asked_to_stop.is_set():
-        raise KeyboardInterrupt
-
 
 Data = Annotated[str, typer.Option("--data", help="digits, kind:path (parquet:cifar10/), or a path.")]
 Space = Annotated[
@@ -118,7 +104,6 @@ def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
         said: dict[str, float] = {}
 
         def tell(what: str, done: int, total: int) -> None:
-            _heed()
             now = time.monotonic()
             since = now - begun.setdefault(what, now)
             if quiet or (done < total and now - said.setdefault(what, now) < LINE_SECONDS):
@@ -141,7 +126,6 @@ def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
         tasks: dict[str, TaskID] = {}
 
         def show(what: str, done: int, total: int) -> None:
-            _heed()
             if what not in tasks:
                 tasks[what] = bars.add_task(what, total=total)
             bars.update(tasks[what], completed=done, total=total)
@@ -527,9 +511,7 @@ STOPPED = 130  # what typer exits with at Ctrl-C
 def main() -> None:
     """Run the command; a user's mistake is one line on standard error and exit code 2, Ctrl-C exit code 130."""
     # Batch systems ask for an end so: it is no other than Ctrl-C.
-    signal.signal(signal.SIGTERM, _stop)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell may have it ignored
-        signal.signal(signal.SIGINT, _stop)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if len(sys.argv) > 1 and not {"--help", "--version"} & set(sys.argv):
         from distillens.engine.workers import settle_process
 

@@ -9,14 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from distillens import cli, folders, pipeline, sessions, studies
+from distillens import folders, pipeline, sessions, studies
 from distillens.core import storage
 from distillens.core.checks import UserError
 from distillens.core.config import describe
@@ -217,21 +216,6 @@ def test_ctrl_c_stops_a_study_cleanly_and_it_goes_on(
     done = distillens("study", "--to", to, *small)
     assert done.returncode == 0, done.stderr
     assert settled(to) == settled(small_study)
-
-
-@pytest.mark.parametrize(("quiet", "terminal"), [(True, "0"), (False, "0"), (False, "1")])
-def test_an_interrupt_that_a_callback_swallows_is_heeded_at_the_next_step(
-    monkeypatch: pytest.MonkeyPatch, quiet: bool, terminal: str
-) -> None:
-    """One raised in a finaliser is printed and forgotten by the interpreter, and the work would go on."""
-    monkeypatch.setenv("TTY_COMPATIBLE", terminal)  # what rich takes standard error for
-    monkeypatch.setattr(cli, "_asked_to_stop", threading.Event())
-    with cli._progress(quiet) as tell:
-        tell("work", 1, 9)
-        with pytest.raises(KeyboardInterrupt):
-            cli._stop()
-        with pytest.raises(KeyboardInterrupt):
-            tell("work", 2, 9)
 
 
 def test_a_second_command_in_a_folder_at_work_is_refused_and_harms_nothing(
