@@ -202,6 +202,8 @@ def test_ctrl_c_stops_a_study_cleanly_and_it_goes_on(
     running = subprocess.Popen(
         [*COMMAND, "study", "--to", str(to), *small], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         text=True, start_new_session=True,
+        # A shell has Ctrl-C ignored in what it runs in the background, and these tests may be such.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     while not list(to.glob(there)):
         assert running.poll() is None, running.communicate()
