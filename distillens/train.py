@@ -297,15 +297,20 @@ def chunks(training: Training, plan: Plan) -> list[Training]:
 
 
 def _cut(training: Training, plan: Plan) -> list[list[int]]:
-    """Which models train together: in their order, or those whose subsets are about as large.
+    """Which models train together: in their order and in equal parts, or those whose subsets are about as large.
 
-    Short batches are filled up to the longest beside them, which nobody looks at: of subsets as they come that is
-    nearly half of the work. A network that mixes images would mix those in: it shares a chunk with its like only.
+    A short last part would leave the other workers waiting for the long ones. Short batches are filled up to the longest
+    beside them, which nobody looks at: of subsets as they come that is nearly half of the work. A network that mixes
+    images would mix those in: it shares a chunk with its like only.
     """
-    sizes = [len(subset) for subset in training.subsets or ()] or [len(training.data)] * len(training.keys)
+    m, batch = len(training.keys), training.recipe.batch
+    sizes = [len(subset) for subset in training.subsets or ()] or [len(training.data)] * m
+    if len(set(sizes)) == 1:
+        parts = -(-m // plan.models_together(min(batch or sizes[0], sizes[0])))
+        return [part.tolist() for part in torch.arange(m).tensor_split(parts)]
     found: list[list[int]] = []
     for j in sorted(range(len(sizes)), key=sizes.__getitem__):
-        together = plan.models_together(min(training.recipe.batch or sizes[j], sizes[j]))
+        together = plan.models_together(min(batch or sizes[j], sizes[j]))
         alike = bool(found) and (sizes[found[-1][0]] == sizes[j] or not training.net.mixes_examples)
         if alike and len(found[-1]) < together:
             found[-1].append(j)

@@ -124,29 +124,28 @@ def _conv_back(
     padding: int,
     groups: int,
     fewer: bool,
-    wanted: tuple[bool, bool, bool],
-) -> tuple[Any, Any, Any]:
-    """The gradient in x, w and bias, where wanted."""
+    wanted: tuple[bool, bool],
+) -> tuple[Any, Any]:
+    """The gradient in x and w, where wanted. In the bias it is nothing: the norm takes a channel's mean away."""
     kind, taken = g.dtype, _multiplied(g)
     g, x, w = g.to(taken), x.to(taken), w.to(taken)
     gx = None
     if wanted[0] and groups == 1 and x.shape[1] <= FEW:
         # Colours are fewer than the lanes of a vector: the library is slow at them, a product is not (2 to 4 times).
         gx = F.fold(w.flatten(1).mT @ g.flatten(2), x.shape[-2:], 3, padding=padding).to(kind)
-        wanted = (False, *wanted[1:])
+        wanted = (False, wanted[1])
     if not any(wanted):
-        return gx, None, None
+        return gx, None
     if fewer and convolutions.fit(x, w, padding) and not (wanted[0] and w.shape[1] <= FEW):
         return (
             convolutions.back(g, w, groups) if wanted[0] else gx,
             convolutions.in_weight(x, g, padding, groups) if wanted[1] else None,
-            g.sum((0, 2, 3)) if wanted[2] else None,
         )
     found = torch.ops.aten.convolution_backward(
-        g, x, w, [len(w)], [1, 1], [padding, padding], [1, 1], False, [0, 0], groups, list(wanted)
+        g, x, w, [len(w)], [1, 1], [padding, padding], [1, 1], False, [0, 0], groups, [*wanted, False]
     )
-    more, gw, gb = (each.to(kind) if asked else None for each, asked in zip(found, wanted, strict=True))
-    return more if gx is None else gx, gw, gb
+    more, gw = (each.to(kind) if asked else None for each, asked in zip(found[:2], wanted, strict=True))
+    return more if gx is None else gx, gw
 
 
 class _Block(torch.autograd.Function):
@@ -198,16 +197,14 @@ class _Slope(torch.autograd.Function):
     ) -> Any:
         g = g.contiguous()
         gz, ggamma, gbeta = planes.backward(g, z, gamma, beta, means, rstds)
-        gx, gw, gb = _conv_back(
-            gz, x, weight.to(x.dtype), padding, groups, fewer, (wanted[0], wanted[1], wanted[2])
-        )
+        gx, gw = _conv_back(gz, x, weight.to(x.dtype), padding, groups, fewer, (wanted[0], wanted[1]))
         ctx.save_for_backward(g, x, weight, bias, gamma, beta, z, means, rstds, gz)
         ctx.sizes = padding, groups, fewer
         ctx.set_materialize_grads(False)
         return (
             gx,
             None if gw is None else gw.to(weight.dtype),
-            None if gb is None else gb.to(weight.dtype),
+            torch.zeros_like(bias) if wanted[2] else None,
             ggamma if wanted[3] else None,
             gbeta if wanted[4] else None,
         )
@@ -218,31 +215,20 @@ class _Slope(torch.autograd.Function):
         padding, groups, fewer = ctx.sizes
         if torch.is_grad_enabled():
             return (*_third(g, x, weight, bias, gamma, beta, padding, groups, v), *[None] * 7)
-        vx, vw, vb, vgamma, vbeta = v
+        vx, vw, _, vgamma, vbeta = v
         needs_g, needs_x, needs_w, needs_b = ctx.needs_input_grad[:4]
         kind = x.dtype
         w = weight.to(kind)
         if vx is not None:
             vx = vx.contiguous()
         # In gz, by the convolution's gradients, which are linear in it.
-        in_gz = (
-            None if vx is None else _conv(vx, w, None if vb is None else vb.to(kind), padding, groups, fewer)
-        )
+        in_gz = None if vx is None else _conv(vx, w, None, padding, groups, fewer)
         if vw is not None:
-            through = _conv(
-                x,
-                vw.to(kind),
-                None if in_gz is not None or vb is None else vb.to(kind),
-                padding,
-                groups,
-                fewer,
-            )
+            through = _conv(x, vw.to(kind), None, padding, groups, fewer)
             in_gz = through if in_gz is None else in_gz.add_(through)
-        elif in_gz is None:
-            in_gz = torch.zeros_like(z) if vb is None else vb.to(kind)[:, None, None].expand_as(z)
         nothing = torch.zeros_like(gamma)
         sg, sz, sgamma = planes.twice(
-            in_gz.contiguous(),
+            torch.zeros_like(z) if in_gz is None else in_gz,
             nothing if vgamma is None else vgamma.contiguous(),
             nothing if vbeta is None else vbeta.contiguous(),
             g,
@@ -252,17 +238,17 @@ class _Slope(torch.autograd.Function):
             means,
             rstds,
         )
-        sx, sw, sb = _conv_back(sz, x, w, padding, groups, fewer, (needs_x, needs_w, needs_b))
+        sx, sw = _conv_back(sz, x, w, padding, groups, fewer, (needs_x, needs_w))
         if needs_x and vw is not None:
-            more = _conv_back(gz, x, vw.to(kind), padding, groups, fewer, (True, False, False))[0]
+            more = _conv_back(gz, x, vw.to(kind), padding, groups, fewer, (True, False))[0]
             sx = sx.add_(more)
         if needs_w and vx is not None:
-            sw = sw.add_(_conv_back(gz, vx, w, padding, groups, fewer, (False, True, False))[1])
+            sw = sw.add_(_conv_back(gz, vx, w, padding, groups, fewer, (False, True))[1])
         return (
             sg if needs_g else None,
             sx,
             None if sw is None else sw.to(weight.dtype),
-            None if sb is None else sb.to(weight.dtype),
+            torch.zeros_like(bias) if needs_b else None,
             sgamma,
             nothing,  # where the ReLU bends, the derivative in beta is nowhere
             *[None] * 7,

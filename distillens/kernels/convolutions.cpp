@@ -85,6 +85,19 @@ SHUFFLE(low, I / 2 + (I % 2) * N)
 SHUFFLE(high, N / 2 + I / 2 + (I % 2) * N)
 template <int N> using Each = std::make_integer_sequence<int, N>;
 
+// Within each half of two vectors of eight: what no processor needs more than one instruction for.
+using Eight = Vec<8>;
+#define HALVES(NAME, ...) \
+    inline Eight NAME(const Eight& p, const Eight& q) { return __builtin_shufflevector(p, q, __VA_ARGS__); }
+HALVES(first_halves, 0, 1, 2, 3, 8, 9, 10, 11)
+HALVES(second_halves, 4, 5, 6, 7, 12, 13, 14, 15)
+HALVES(evens_in_halves, 0, 2, 8, 10, 4, 6, 12, 14)
+HALVES(odds_in_halves, 1, 3, 9, 11, 5, 7, 13, 15)
+HALVES(low_in_halves, 0, 8, 1, 9, 4, 12, 5, 13)
+HALVES(high_in_halves, 2, 10, 3, 11, 6, 14, 7, 15)
+HALVES(second_of_pairs, 8, 0, 8, 2, 8, 4, 8, 6)
+HALVES(first_of_pairs, 1, 8, 3, 8, 5, 8, 7, 8)
+
 // So many vectors of columns.
 template <bool MORE>
 inline void columns(int64_t vectors, int64_t rows, int64_t depth, const float* a, int64_t ak, int64_t am, int64_t ap,
@@ -95,7 +108,9 @@ inline void columns(int64_t vectors, int64_t rows, int64_t depth, const float* a
     if (vectors == 1) column<1, MORE>(rows, depth, a, ak, am, ap, b, bk, c, cm);
 }
 
-// A unit is a row of N tiles (planes 2N wide), or, for planes of 4 x 4, all four tiles of a plane.
+// A unit is a row of N tiles (planes 2N wide), or, for planes of 4 x 4, the eight tiles of those of two images: in halves of a
+// vector, the upper tiles of one and the other, then the lower. ``place`` is the row of tiles, or how far the second plane is
+// from the first, 0 where there is none.
 template <int N, bool SQUARE> struct Unit {
     using V = Vec<N>;
     static constexpr int64_t WIDTH = SQUARE ? 4 : 2 * N;
@@ -107,24 +122,29 @@ template <int N, bool SQUARE> struct Unit {
         store<V>(to + 3 * step, even - right);
     }
 
-    // x: the plane; i: which row of tiles; to[xi * step]
-    static inline void split(const float* x, int64_t height, int64_t i, float* to, int64_t step) {
+    // x: the plane; to[xi * step]
+    static inline void split(const float* x, int64_t height, int64_t place, float* to, int64_t step) {
         if constexpr (SQUARE) {
-            using W = Vec<8>;
-            const V r0 = load<V>(x), r1 = load<V>(x + 4), r2 = load<V>(x + 8), r3 = load<V>(x + 12), none{};
-            const W p = __builtin_shufflevector(r0, r2, 0, 1, 2, 3, 4, 5, 6, 7), q = __builtin_shufflevector(r1, r3, 0, 1, 2, 3, 4, 5, 6, 7);
-            const W above = __builtin_shufflevector(none, r1, 0, 1, 2, 3, 4, 5, 6, 7), below = __builtin_shufflevector(r2, none, 0, 1, 2, 3, 4, 5, 6, 7);
-            const W t[4] = {above - q, p + q, q - p, p - below};
+            Eight t[2][4];
+#pragma GCC unroll 2
+            for (int e = 0; e < 2; ++e, x += place) {
+                const Eight upper = load<Eight>(x), lower = load<Eight>(x + 8), none{};
+                const Eight p = first_halves(upper, lower), q = second_halves(upper, lower);  // rows 0 2, rows 1 3
+                t[e][0] = first_halves(none, q) - q;
+                t[e][1] = p + q;
+                t[e][2] = q - p;
+                t[e][3] = p - second_halves(p, none);
+            }
+#pragma GCC unroll 4
             for (int k = 0; k < 4; ++k) {
-                const W zero{};
-                const V left = __builtin_shufflevector(t[k], zero, 8, 1, 8, 5), even = __builtin_shufflevector(t[k], zero, 0, 2, 4, 6);
-                const V odd = __builtin_shufflevector(t[k], zero, 1, 3, 5, 7), right = __builtin_shufflevector(t[k], zero, 2, 8, 6, 8);
-                across(left, even, odd, right, to + 4 * k * step, step);
+                const Eight even = evens_in_halves(t[0][k], t[1][k]), odd = odds_in_halves(t[0][k], t[1][k]);
+                across(second_of_pairs(odd, Eight{}), even, odd, first_of_pairs(even, Eight{}), to + 4 * k * step, step);
             }
         } else {
             V even[4], odd[4];
+#pragma GCC unroll 4
             for (int k = 0; k < 4; ++k) {
-                const int64_t row = 2 * i + k - 1;
+                const int64_t row = 2 * place + k - 1;
                 if (row < 0 || row >= height) { even[k] = odd[k] = V{}; continue; }
                 const V p = load<V>(x + row * WIDTH), q = load<V>(x + row * WIDTH + N);
                 even[k] = evens<N>(p, q, Each<N>{});
@@ -141,17 +161,16 @@ template <int N, bool SQUARE> struct Unit {
     }
 
     // The transpose of ``join``: 2 x 2 numbers of each tile to 16.
-    static inline void spread(const float* y, int64_t i, float* to, int64_t step) {
+    static inline void spread(const float* y, int64_t place, float* to, int64_t step) {
         V e0, o0, e1, o1;
         if constexpr (SQUARE) {
-            using W = Vec<8>;
-            const W p = load<W>(y), q = load<W>(y + 8);  // rows 0 1, rows 2 3
-            e0 = __builtin_shufflevector(p, q, 0, 2, 8, 10);
-            o0 = __builtin_shufflevector(p, q, 1, 3, 9, 11);
-            e1 = __builtin_shufflevector(p, q, 4, 6, 12, 14);
-            o1 = __builtin_shufflevector(p, q, 5, 7, 13, 15);
+            const Eight none{}, au = load<Eight>(y), al = load<Eight>(y + 8);
+            const Eight bu = place ? load<Eight>(y + place) : none, bl = place ? load<Eight>(y + place + 8) : none;
+            const Eight p = first_halves(au, al), q = second_halves(au, al), r = first_halves(bu, bl), s = second_halves(bu, bl);
+            e0 = evens_in_halves(p, r); o0 = odds_in_halves(p, r);
+            e1 = evens_in_halves(q, s); o1 = odds_in_halves(q, s);
         } else {
-            const float* row = y + 2 * i * WIDTH;
+            const float* row = y + 2 * place * WIDTH;
             V p = load<V>(row), q = load<V>(row + N);
             e0 = evens<N>(p, q, Each<N>{}); o0 = odds<N>(p, q, Each<N>{});
             p = load<V>(row + WIDTH); q = load<V>(row + WIDTH + N);
@@ -167,8 +186,9 @@ template <int N, bool SQUARE> struct Unit {
         one(-e1, -o1, 3);
     }
 
-    static inline void join(const float* m, int64_t step, float bias, float* y, int64_t i) {
+    static inline void join(const float* m, int64_t step, float bias, float* y, int64_t place) {
         V s[2][4];
+#pragma GCC unroll 4
         for (int k = 0; k < 4; ++k) {
             const V a = load<V>(m + k * step), b = load<V>(m + (4 + k) * step), c = load<V>(m + (8 + k) * step), d = load<V>(m + (12 + k) * step);
             s[0][k] = a + b + c;
@@ -177,12 +197,14 @@ template <int N, bool SQUARE> struct Unit {
         V y00 = s[0][0] + s[0][1] + s[0][2] + bias, y01 = s[0][1] - s[0][2] - s[0][3] + bias;
         V y10 = s[1][0] + s[1][1] + s[1][2] + bias, y11 = s[1][1] - s[1][2] - s[1][3] + bias;
         if constexpr (SQUARE) {
-            store<V>(y, low<N>(y00, y01, Each<N>{}));
-            store<V>(y + 4, low<N>(y10, y11, Each<N>{}));
-            store<V>(y + 8, high<N>(y00, y01, Each<N>{}));
-            store<V>(y + 12, high<N>(y10, y11, Each<N>{}));
+            const Eight a0 = low_in_halves(y00, y01), a1 = low_in_halves(y10, y11);  // of the first plane rows 0 2, rows 1 3
+            const Eight b0 = high_in_halves(y00, y01), b1 = high_in_halves(y10, y11);
+            store<Eight>(y, first_halves(a0, a1));
+            store<Eight>(y + 8, second_halves(a0, a1));
+            if (place) store<Eight>(y + place, first_halves(b0, b1));
+            if (place) store<Eight>(y + place + 8, second_halves(b0, b1));
         } else {
-            float* row = y + 2 * i * WIDTH;
+            float* row = y + 2 * place * WIDTH;
             store<V>(row, low<N>(y00, y01, Each<N>{}));
             store<V>(row + N, high<N>(y00, y01, Each<N>{}));
             store<V>(row + WIDTH, low<N>(y10, y11, Each<N>{}));
@@ -233,21 +255,21 @@ void filters(const float* w, float* u, int64_t outputs, int64_t inputs, bool tur
 
 // What is convolved: planes of ``height`` in ``groups`` whose channels stand side by side, cut into units and blocks of them.
 template <int N, bool SQUARE> struct Work {
-    int64_t groups, inputs, outputs, height;
+    int64_t images, groups, inputs, outputs, height;
     int64_t plane = height * Unit<N, SQUARE>::WIDTH, rows = SQUARE ? 1 : height / 2;
-    int64_t units, block = 2 * NR * LANES / N, blocks, wide = block * N;
+    int64_t units = SQUARE ? (images + 1) / 2 : images * rows, block = 4 * NR * LANES / N, blocks = (units + block - 1) / block;
+    int64_t wide = block * N;
+    // Apart by more than a block, or the 16 places of a tile would fall on the same few lines of the cache.
+    int64_t in = inputs * wide + 16, out = outputs * wide + 16;
 
-    Work(int64_t images, int64_t groups, int64_t inputs, int64_t outputs, int64_t height)
-        : groups(groups), inputs(inputs), outputs(outputs), height(height), units(images * rows),
-          blocks((units + block - 1) / block) {}
-
-    // f(unit in the block, where the plane of the channel begins, its row of tiles) for each unit of a block.
+    // f(unit in the block, where the plane of the channel begins, its place) for each unit of a block.
     template <class F>
     inline void each(int64_t b, int64_t channels, int64_t channel, const F& f) const {
-        const int64_t count = inside(b);
+        const int64_t count = inside(b), image = groups * channels * plane;
         for (int64_t k = 0; k < count; ++k) {
             const int64_t unit = b * block + k;
-            f(k, (unit / rows * groups * channels + channel) * plane, unit % rows);
+            if constexpr (SQUARE) f(k, 2 * unit * image + channel * plane, 2 * unit + 1 < images ? image : 0);
+            else f(k, unit / rows * image + channel * plane, unit % rows);
         }
     }
     int64_t inside(int64_t b) const { return std::min(block, units - b * block); }
@@ -256,27 +278,27 @@ template <int N, bool SQUARE> struct Work {
 template <int N, bool SQUARE>
 void convolve(const Work<N, SQUARE>& of, const float* x, const float* w, const float* bias, float* y, bool turned) {
     using U = Unit<N, SQUARE>;
-    const int64_t size = 16 * of.inputs * of.outputs, in = of.inputs * of.wide, out = of.outputs * of.wide;
+    const int64_t size = 16 * of.inputs * of.outputs;
     float* u = scratch(3, of.groups * size);
 #pragma omp parallel for if (of.groups > 1)
     for (int64_t g = 0; g < of.groups; ++g) filters(w + g * of.inputs * of.outputs * 9, u + g * size, of.outputs, of.inputs, turned);
 #pragma omp parallel for collapse(2) if (of.groups * of.blocks > 1)
     for (int64_t g = 0; g < of.groups; ++g)
         for (int64_t b = 0; b < of.blocks; ++b) {
-            float* v = scratch(0, 16 * in);
-            float* m = scratch(1, 16 * out);
+            float* v = scratch(0, 16 * of.in);
+            float* m = scratch(1, 16 * of.out);
             for (int64_t c = 0; c < of.inputs; ++c)
                 of.each(b, of.inputs, g * of.inputs + c, [&](int64_t k, int64_t at, int64_t row) {
-                    U::split(x + at, of.height, row, v + c * of.wide + k * N, in);
+                    U::split(x + at, of.height, row, v + c * of.wide + k * N, of.in);
                 });
             const int64_t vectors = (of.inside(b) * N + LANES - 1) / LANES;
             for (int64_t xi = 0; xi < 16; ++xi)
                 columns<false>(vectors, of.outputs, of.inputs, u + g * size + xi * of.inputs * of.outputs, MR, 1, MR * of.inputs,
-                               v + xi * in, of.wide, m + xi * out, of.wide);
+                               v + xi * of.in, of.wide, m + xi * of.out, of.wide);
             for (int64_t o = 0; o < of.outputs; ++o) {
                 const float shift = bias ? bias[g * of.outputs + o] : 0.f;
                 of.each(b, of.outputs, g * of.outputs + o, [&](int64_t k, int64_t at, int64_t row) {
-                    U::join(m + o * of.wide + k * N, out, shift, y + at, row);
+                    U::join(m + o * of.wide + k * N, of.out, shift, y + at, row);
                 });
             }
         }
@@ -326,7 +348,7 @@ void weights(const Work<N, SQUARE>& of, const float* x, const float* gy, float* 
     for (int64_t g = 0; g < of.groups; ++g)
         for (int64_t s = 0; s < slices; ++s) {
             float* v = scratch(0, 16 * 4 * of.wide);  // of four channels
-            float* d = scratch(1, 16 * of.outputs * of.wide);
+            float* d = scratch(1, 16 * of.out);
             float* t = scratch(2, 16 * columns * of.wide);  // v of all, turned: [xi][c / PAIR][tile][c % PAIR]
             float* sum = sums + (g * slices + s) * size;
             std::memset(sum, 0, size * sizeof(float));
@@ -344,11 +366,11 @@ void weights(const Work<N, SQUARE>& of, const float* x, const float* gy, float* 
                 }
                 for (int64_t o = 0; o < of.outputs; ++o)
                     of.each(b, of.outputs, g * of.outputs + o, [&](int64_t k, int64_t at, int64_t row) {
-                        U::spread(gy + at, row, d + o * of.wide + k * N, of.outputs * of.wide);
+                        U::spread(gy + at, row, d + o * of.wide + k * N, of.out);
                     });
                 for (int64_t xi = 0; xi < 16; ++xi)
                     for (int64_t n = 0; n < columns; n += PAIR)
-                        column<2, true>(of.outputs, tiles, d + xi * of.outputs * of.wide, 1, of.wide, MR * of.wide,
+                        column<2, true>(of.outputs, tiles, d + xi * of.out, 1, of.wide, MR * of.wide,
                                         t + (xi * columns + n) * of.wide, PAIR, sum + xi * of.outputs * columns + n, columns);
             }
         }
@@ -365,26 +387,29 @@ struct Few {
     int64_t images, groups, inputs, outputs, height, width, padding;
     int64_t out_height = height + 2 * padding - 2, out_width = width + 2 * padding - 2, plane = out_height * out_width;
     int64_t taps = 9 * inputs, least = out_width % LANES ? LANES / 8 : 1;
-    int64_t rows = std::max(least, 2 * NR * LANES / out_width / least * least), wide = rows * out_width;
+    int64_t rows = std::max(least, 128 / out_width / least * least), wide = rows * out_width;
 
     int64_t pixels(int64_t first) const { return std::min(rows, out_height - first) * out_width; }
 
-    // to[c, i, j][pixel]: the planes of an image, shifted by each place of a filter, from row ``first`` of the result on.
+    int64_t row = width + 2 * padding, framed_plane = (height + 2 * padding) * row;  // of an image within its padding
+
+    // An image within its padding.
+    const float* framed(const float* x) const {
+        float* to = scratch(1, inputs * framed_plane);
+        std::memset(to, 0, inputs * framed_plane * sizeof(float));
+        for (int64_t c = 0; c < inputs; ++c)
+            for (int64_t i = 0; i < height; ++i, x += width)
+                std::memcpy(to + c * framed_plane + (i + padding) * row + padding, x, width * sizeof(float));
+        return to;
+    }
+
+    // to[c, i, j][pixel]: the planes of a framed image, shifted by each place of a filter, from row ``first`` of the result on.
     void shifted(const float* x, int64_t first, float* to) const {
+        const int64_t lines = pixels(first) / out_width;
         for (int64_t tap = 0; tap < taps; ++tap, to += wide) {
-            const int64_t i = tap / 3 % 3, j = tap % 3;
-            const int64_t low = std::max<int64_t>(0, padding - j), high = std::min(out_width, width + padding - j);
-            for (int64_t r = 0; r * out_width < pixels(first); ++r) {
-                const int64_t from = first + r + i - padding;
-                float* row = to + r * out_width;
-                if (from < 0 || from >= height) {
-                    std::memset(row, 0, out_width * sizeof(float));
-                    continue;
-                }
-                std::fill(row, row + low, 0.f);
-                std::memcpy(row + low, x + tap / 9 * height * width + from * width + low + j - padding, (high - low) * sizeof(float));
-                std::fill(row + high, row + out_width, 0.f);
-            }
+            const float* from = x + tap / 9 * framed_plane + (first + tap / 3 % 3) * row + tap % 3;
+            for (int64_t r = 0; r < lines; ++r)
+                for (int64_t q = 0; q < out_width; q += 8) store(to + r * out_width + q, load<Vec<8>>(from + r * row + q));
         }
     }
 
@@ -399,8 +424,9 @@ struct Few {
             for (int64_t g = 0; g < groups; ++g) {
                 float* right = scratch(0, depth * wide);
                 std::fill(right + taps * wide, right + depth * wide, 1.f);
+                const float* image = framed(x + (n * groups + g) * inputs * height * width);
                 for (int64_t first = 0; first < out_height; first += rows) {
-                    shifted(x + (n * groups + g) * inputs * height * width, first, right);
+                    shifted(image, first, right);
                     columns<false>(pixels(first) / LANES, outputs, depth, f + g * outputs * depth, MR, 1, MR * depth, right, wide,
                                    y + (n * groups + g) * outputs * plane + first * out_width, plane);
                 }
@@ -418,9 +444,10 @@ struct Few {
                 float* right = scratch(2, padded * wide);
                 float* sum = sums + (g * slices + s) * size;
                 std::memset(sum, 0, size * sizeof(float));
-                for (int64_t n = images * s / slices; n < images * (s + 1) / slices; ++n)
+                for (int64_t n = images * s / slices; n < images * (s + 1) / slices; ++n) {
+                    const float* image = framed(x + (n * groups + g) * inputs * height * width);
                     for (int64_t first = 0; first < out_height; first += rows) {
-                        shifted(x + (n * groups + g) * inputs * height * width, first, left);
+                        shifted(image, first, left);
                         for (int64_t k = 0; k < padded; k += 4)
                             for (int64_t p = 0; p < pixels(first); p += 4)
                                 turn(left + k * wide + p, wide, right + (k / PAIR * wide + p) * PAIR + k % PAIR, PAIR);
@@ -428,6 +455,7 @@ struct Few {
                         for (int64_t k = 0; k < padded; k += PAIR)
                             column<2, true>(outputs, pixels(first), from, 1, plane, MR * plane, right + k * wide, PAIR, sum + k, padded);
                     }
+                }
             }
         for (int64_t g = 0; g < groups; ++g)
             for (int64_t o = 0; o < outputs; ++o)
@@ -442,10 +470,10 @@ struct Few {
 }  // namespace
 
 #define SIZES(CALL, ...)                                                                                      \
-    if (width == 4) CALL(Work<4, true>(images, groups, inputs, outputs, height), __VA_ARGS__);                \
-    else if (width == 8) CALL(Work<4, false>(images, groups, inputs, outputs, height), __VA_ARGS__);          \
-    else if (width == 16) CALL(Work<8, false>(images, groups, inputs, outputs, height), __VA_ARGS__);         \
-    else CALL(Work<16, false>(images, groups, inputs, outputs, height), __VA_ARGS__);
+    if (width == 4) CALL((Work<8, true>{images, groups, inputs, outputs, height}), __VA_ARGS__);                \
+    else if (width == 8) CALL((Work<4, false>{images, groups, inputs, outputs, height}), __VA_ARGS__);          \
+    else if (width == 16) CALL((Work<8, false>{images, groups, inputs, outputs, height}), __VA_ARGS__);         \
+    else CALL((Work<16, false>{images, groups, inputs, outputs, height}), __VA_ARGS__);
 
 // x [images, groups * inputs, height, width] to y [images, groups * outputs, height, width].
 extern "C" void convolve_float32(const float* x, const float* w, const float* bias, float* y, int64_t images, int64_t groups,

@@ -6,6 +6,7 @@
 //
 // Rows r = 0 .. rows-1 are planes of height * width numbers; row r has weight gamma[r % channels].
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -132,27 +133,43 @@ template <class T, int H, int W> struct Planes {
     using A = typename Sum<T>::type;
     static constexpr int64_t ROOM = H ? H * W : LARGEST, QUARTER = H ? (H / 2) * (W / 2) : LARGEST / 4;
 
+    // Small planes are taken four at a time: what one waits for, the others do meanwhile. The last may be taken twice.
+    static constexpr int TOGETHER = ROOM == 64 ? 4 : 1;
+
     static void forward(const T* z, const A* gamma, const A* beta, T* y, A* means, A* rstds, int64_t rows,
                         int64_t channels, int64_t height, int64_t width, double epsilon) {
         const int64_t h = H ? H : height, w = W ? W : width, n = h * w, pooled = (h / 2) * (w / 2);
 #pragma omp parallel for if (rows * n > SMALL)
-        for (int64_t r = 0; r < rows; ++r) {
-            A a[ROOM];
-            const T* row = z + r * n;
-            A sum = 0;
-            for (int64_t i = 0; i < n; ++i) { a[i] = up(row[i]); sum += a[i]; }
-            const A mean = sum / n;
-            A square = 0;
-            for (int64_t i = 0; i < n; ++i) { const A d = a[i] - mean; square += d * d; }
-            const A rstd = A(1) / std::sqrt(square / n + A(epsilon));
-            const A scale = gamma[r % channels] * rstd, shift = beta[r % channels] - mean * scale;
-            for (int64_t i = 0; i < n; ++i) { const A v = a[i] * scale + shift; a[i] = v < 0 ? A(0) : v; }
-            A small[QUARTER];
-            pool(a, small, h, w);
-            T* out = y + r * pooled;
-            for (int64_t i = 0; i < pooled; ++i) down(small[i], out[i]);
-            means[r] = mean;
-            rstds[r] = rstd;
+        for (int64_t first = 0; first < rows; first += TOGETHER) {
+            A a[TOGETHER][ROOM], mean[TOGETHER], rstd[TOGETHER];
+            int64_t r[TOGETHER];
+            for (int k = 0; k < TOGETHER; ++k) {
+                r[k] = std::min(first + k, rows - 1);
+                const T* row = z + r[k] * n;
+                A sum = 0;
+#pragma GCC unroll 8
+                for (int64_t i = 0; i < n; ++i) { a[k][i] = up(row[i]); sum += a[k][i]; }
+                mean[k] = sum / n;
+            }
+            for (int k = 0; k < TOGETHER; ++k) {
+                A square = 0;
+#pragma GCC unroll 8
+                for (int64_t i = 0; i < n; ++i) { const A d = a[k][i] - mean[k]; square += d * d; }
+                rstd[k] = square / n + A(epsilon);
+            }
+            for (int k = 0; k < TOGETHER; ++k) rstd[k] = A(1) / std::sqrt(rstd[k]);
+            for (int k = 0; k < TOGETHER; ++k) {
+                const int64_t c = r[k] % channels;
+                const A scale = gamma[c] * rstd[k], shift = beta[c] - mean[k] * scale;
+#pragma GCC unroll 8
+                for (int64_t i = 0; i < n; ++i) { const A v = a[k][i] * scale + shift; a[k][i] = v < 0 ? A(0) : v; }
+                A small[QUARTER];
+                pool(a[k], small, h, w);
+                T* out = y + r[k] * pooled;
+                for (int64_t i = 0; i < pooled; ++i) down(small[i], out[i]);
+                means[r[k]] = mean[k];
+                rstds[r[k]] = rstd[k];
+            }
         }
     }
 
@@ -162,9 +179,11 @@ template <class T, int H, int W> struct Planes {
         A small[QUARTER];
         for (int64_t i = 0; i < pooled; ++i) small[i] = up(g[i]);
         unpool(small, u, h, w);
+#pragma GCC unroll 8
         for (int64_t i = 0; i < n; ++i) hat[i] = (up(z[i]) - mean) * rstd;
         // As in the forward pass, to the last bit: a mask that differs would be another function's.
         const A scale = gamma * rstd, shift = beta - mean * scale;
+#pragma GCC unroll 8
         for (int64_t i = 0; i < n; ++i) u[i] = up(z[i]) * scale + shift > 0 ? u[i] : A(0);
     }
 
@@ -177,9 +196,11 @@ template <class T, int H, int W> struct Planes {
             const A weight = gamma[r % channels], rstd = rstds[r];
             spread(g + r * pooled, z + r * n, weight, beta[r % channels], means[r], rstd, u, hat, h, w);
             A su = 0, suh = 0;
+#pragma GCC unroll 8
             for (int64_t i = 0; i < n; ++i) { su += u[i]; suh += u[i] * hat[i]; }
             const A q = weight * rstd, mu = su / n, muh = suh / n;
             T* out = gz + r * n;
+#pragma GCC unroll 8
             for (int64_t i = 0; i < n; ++i) down(q * (u[i] - mu - hat[i] * muh), out[i]);
             ggamma[r] = suh;
             gbeta[r] = su;

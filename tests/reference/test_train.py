@@ -486,6 +486,8 @@ def test_chunks_are_cut_before_the_work_and_cover_all_models() -> None:
     parts = chunks(CASES["full"], Plan("stacked", 2))
     assert [part.keys for part in parts] == [KEYS[:2], KEYS[2:4], KEYS[4:]]
     assert [len(part.keys) for part in chunks(CASES["full"], Plan("loop"))] == [1] * 5
+    nine = replace(CASES["full"], keys=Key(0).split(9))
+    assert [len(part.keys) for part in chunks(nine, Plan("stacked", 4))] == [3] * 3  # none waits
     big = replace(CASES["full"], data=data(200))
     assert [len(part.keys) for part in chunks(big, Plan("stacked", 8))] == [1] * 5
 
