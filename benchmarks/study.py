@@ -100,6 +100,7 @@ def collect(folder: Path) -> dict[str, Any]:
         "seconds": None if timing.get("resumed") else round(timing["seconds"]),
         "forecast_seconds": round(timing["forecast"]),
         "seconds_by": {what: round(took, 1) for what, took in timing["by"].items()},
+        "seconds_by_answer": {what: round(took, 1) for what, took in timing["answers"].items()},
         "sets": sets,
         "sizes": sizes,
         "scaled": about["scaled"],

@@ -20,8 +20,10 @@ from distillens.core.contracts import Distiller, Net, Problem, Sets, is_adaptive
 from distillens.core.dataset import Splits
 from distillens.core.recipe import Recipe
 from distillens.core.result import Claim, Result
+from distillens.core.rng import Key
 from distillens.core.storage import held, sweep, write_json
 from distillens.engine.plan import Plan, Precision, cores
+from distillens.engine.workers import Engine
 from distillens.evaluation import protocol as protocols
 from distillens.evaluation.trials import teacher
 from distillens.experts import Experts
@@ -463,16 +465,17 @@ def study(
             write_json(to / "study.json", _about(wanted, cost, everything))
             # Times are not part of what a study ends in: they would change its bytes.
             whole = {"forecast": cost.seconds, "seconds": time.monotonic() - begun, "resumed": resumed}
-            write_json(to / "timing.json", whole | {"by": took.seconds})
+            write_json(to / "timing.json", whole | {"by": took.seconds, "answers": took.answers})
         sweep(to)
         return pipeline.write_report(to)
 
 
 @dataclass(frozen=True)
 class Took:
-    """Seconds by what they went to: what a session that went on did itself, an analysis summed over sizes."""
+    """Seconds by what they went to, and by analysis (summed over sizes and workers): what a session that went on did itself."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+    answers: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def by(self, what: str) -> Iterator[None]:
@@ -559,21 +562,63 @@ def _train(wanted: Study, everything: Mapping[int, Sets], runs: Runs, tell: Tell
 def _analyse(
     wanted: Study, everything: Mapping[int, Sets], to: Path, runs: Runs, tell: Tell, took: Took
 ) -> None:
-    total = sum(len(wanted.questions(ipc)) for ipc in everything)
-    done = 0
-    found: list[tuple[str, Claim]] = []
-    for ipc, sets in everything.items():
-        for name, question in zip(wanted.asked, wanted.questions(ipc), strict=True):
-            key = analysis_key(wanted.seed)
-            with took.by(name):
-                seen = shown_to(question, sets, wanted.real, runs, key)
-                result: Result = question(seen, wanted.real, runs, key=key)
-            result.save(to / "results" / f"ipc{ipc}", {"ipc": ipc, "settings": describe(question)})
-            found += [(result.analysis, one) for one in result.claims()]
-            done += 1
-            tell("answering", done, total)
+    """Answer all questions, several at a time where workers reach the store; adaptive ones, which train, come last."""
+    key = analysis_key(wanted.seed)
+    jobs = [
+        (
+            question,
+            shown_to(question, sets, wanted.real, runs, key),
+            wanted.real,
+            key,
+            to / "results" / f"ipc{ipc}",
+            {"ipc": ipc, "settings": describe(question)},
+        )
+        for ipc, sets in everything.items()
+        for question in wanted.questions(ipc)
+    ]
+    found: dict[int, list[tuple[str, Claim]]] = {}
+
+    def answered(i: int, one: Answered) -> None:
+        found[i] = [(one.name, claim) for claim in one.claims]
+        took.answers[one.name] = took.answers.get(one.name, 0.0) + one.seconds
+        tell("answering", len(found), len(jobs))
+
+    alone = [i for i, job in enumerate(jobs) if not is_adaptive(job[0])]
+    with took.by("answers"):
+        # The machines of a cluster do not reach the store.
+        engine = Engine(1, runs.plan.threads) if runs.engine.place == "cluster" else runs.engine
+        for place, one in engine.map(_answer_alone, [(runs.plan, runs.folder, *jobs[i]) for i in alone]):
+            answered(alone[place], one)
+        for i in range(len(jobs)):
+            if i not in found:
+                answered(i, _answer(runs, *jobs[i]))
     if wanted.preset.published:
-        write_json(to / "paper.json", {"rows": [row.to_json() for row in beside(found, wanted.asked)]})
+        in_order = [one for i in range(len(jobs)) for one in found[i]]
+        write_json(to / "paper.json", {"rows": [row.to_json() for row in beside(in_order, wanted.asked)]})
+
+
+@dataclass(frozen=True, eq=False)
+class Answered:
+    """What a study needs of an answer that lies in its folder."""
+
+    name: str
+    claims: tuple[Claim, ...]
+    seconds: float
+
+
+def _answer(
+    runs: Runs, question: Any, sets: Sets, real: Splits, key: Key, to: Path, context: Mapping[str, Any]
+) -> Answered:
+    begun = time.monotonic()
+    result: Result = question(sets, real, runs, key=key)
+    result.save(to, context)
+    return Answered(result.analysis, tuple(result.claims()), time.monotonic() - begun)
+
+
+def _answer_alone(plan: Plan, store: Path, *job: Any) -> Answered:
+    """The answer of a worker, which trains nothing: all that it asks for is in the store."""
+    with plan.pinned():
+        return _answer(Runs(plan, folder=store), *job)
 
 
 def _about(wanted: Study, cost: Forecast, everything: Mapping[int, Sets]) -> dict[str, Any]:

@@ -129,6 +129,11 @@ def _conv_back(
     """The gradient in x and w, where wanted. In the bias it is nothing: the norm takes a channel's mean away."""
     kind, taken = g.dtype, _multiplied(g)
     g, x, w = g.to(taken), x.to(taken), w.to(taken)
+    if fewer and convolutions.fit(x, w, padding):
+        return (
+            convolutions.back(g, w, padding, groups).to(kind) if wanted[0] else None,
+            convolutions.in_weight(x, g, padding, groups).to(kind) if wanted[1] else None,
+        )
     gx = None
     if wanted[0] and groups == 1 and x.shape[1] <= FEW:
         # Colours are fewer than the lanes of a vector: the library is slow at them, a product is not (2 to 4 times).
@@ -136,11 +141,6 @@ def _conv_back(
         wanted = (False, wanted[1])
     if not any(wanted):
         return gx, None
-    if fewer and convolutions.fit(x, w, padding) and not (wanted[0] and w.shape[1] <= FEW):
-        return (
-            convolutions.back(g, w, groups) if wanted[0] else gx,
-            convolutions.in_weight(x, g, padding, groups) if wanted[1] else None,
-        )
     found = torch.ops.aten.convolution_backward(
         g, x, w, [len(w)], [1, 1], [padding, padding], [1, 1], False, [0, 0], groups, [*wanted, False]
     )

@@ -403,14 +403,21 @@ struct Few {
         return to;
     }
 
-    // to[c, i, j][pixel]: the planes of a framed image, shifted by each place of a filter, from row ``first`` of the result on.
-    void shifted(const float* x, int64_t first, float* to) const {
+    // f(where in [c, i, j][pixel], where in a framed image): eight pixels of each place of a filter, from row ``first`` of the
+    // result on.
+    template <class F>
+    inline void each_place(int64_t first, const F& f) const {
         const int64_t lines = pixels(first) / out_width;
-        for (int64_t tap = 0; tap < taps; ++tap, to += wide) {
-            const float* from = x + tap / 9 * framed_plane + (first + tap / 3 % 3) * row + tap % 3;
+        for (int64_t tap = 0; tap < taps; ++tap) {
+            const int64_t corner = tap / 9 * framed_plane + (first + tap / 3 % 3) * row + tap % 3;
             for (int64_t r = 0; r < lines; ++r)
-                for (int64_t q = 0; q < out_width; q += 8) store(to + r * out_width + q, load<Vec<8>>(from + r * row + q));
+                for (int64_t q = 0; q < out_width; q += 8) f(tap * wide + r * out_width + q, corner + r * row + q);
         }
+    }
+
+    // to[c, i, j][pixel]: the planes of a framed image, shifted by each place.
+    void shifted(const float* x, int64_t first, float* to) const {
+        each_place(first, [&](int64_t at, int64_t from) { store(to + at, load<Vec<8>>(x + from)); });
     }
 
     void convolve(const float* x, const float* w, const float* bias, float* y) const {
@@ -430,6 +437,34 @@ struct Few {
                     columns<false>(pixels(first) / LANES, outputs, depth, f + g * outputs * depth, MR, 1, MR * depth, right, wide,
                                    y + (n * groups + g) * outputs * plane + first * out_width, plane);
                 }
+            }
+    }
+
+    // The transpose of ``convolve``: what each place of a filter gives its pixel, added up where the places overlap.
+    void back(const float* gy, const float* w, float* gx) const {
+        const int64_t padded = (taps + MR - 1) / MR * MR, size = padded * outputs;
+        float* f = scratch(3, groups * size);
+        for (int64_t g = 0; g < groups; ++g)
+            for (int64_t k = 0; k < padded; ++k)
+                for (int64_t o = 0; o < outputs; ++o)
+                    f[g * size + (k / MR * outputs + o) * MR + k % MR] = k < taps ? w[(g * outputs + o) * taps + k] : 0.f;
+#pragma omp parallel for collapse(2) if (images * groups > 1)
+        for (int64_t n = 0; n < images; ++n)
+            for (int64_t g = 0; g < groups; ++g) {
+                float* given = scratch(0, padded * wide);
+                float* frame = scratch(1, inputs * framed_plane);
+                std::memset(frame, 0, inputs * framed_plane * sizeof(float));
+                for (int64_t first = 0; first < out_height; first += rows) {
+                    columns<false>(pixels(first) / LANES, padded, outputs, f + g * size, MR, 1, MR * outputs,
+                                   gy + (n * groups + g) * outputs * plane + first * out_width, plane, given, wide);
+                    each_place(first, [&](int64_t from, int64_t to) {
+                        store(frame + to, load<Vec<8>>(frame + to) + load<Vec<8>>(given + from));
+                    });
+                }
+                float* to = gx + (n * groups + g) * inputs * height * width;
+                for (int64_t c = 0; c < inputs; ++c)
+                    for (int64_t i = 0; i < height; ++i, to += width)
+                        std::memcpy(to, frame + c * framed_plane + (i + padding) * row + padding, width * sizeof(float));
             }
     }
 
@@ -495,4 +530,10 @@ extern "C" void few_convolve_float32(const float* x, const float* w, const float
 extern "C" void few_weights_float32(const float* x, const float* gy, float* gw, int64_t images, int64_t groups, int64_t inputs,
                                     int64_t outputs, int64_t height, int64_t width, int64_t padding) {
     Few{images, groups, inputs, outputs, height, width, padding}.weights(x, gy, gw);
+}
+
+// The gradient in x from that in y.
+extern "C" void few_back_float32(const float* gy, const float* w, float* gx, int64_t images, int64_t groups, int64_t inputs,
+                                 int64_t outputs, int64_t height, int64_t width, int64_t padding) {
+    Few{images, groups, inputs, outputs, height, width, padding}.back(gy, w, gx);
 }

@@ -58,12 +58,16 @@ def convolve(
     return y
 
 
-def back(gradient: torch.Tensor, weight: torch.Tensor, groups: int) -> torch.Tensor:
-    """The gradient in x, of many channels: a convolution by the filters turned, from outputs to inputs."""
+def back(gradient: torch.Tensor, weight: torch.Tensor, padding: int, groups: int) -> torch.Tensor:
+    """The gradient in x. Of many channels it is a convolution by the filters turned, from outputs to inputs."""
     n, _, h, w = gradient.shape
     inputs, outputs = weight.shape[1], len(weight) // groups
+    h, w = h + 2 - 2 * padding, w + 2 - 2 * padding
     found = gradient.new_empty(n, groups * inputs, h, w)
-    _call("convolve_float32", (gradient, weight, None, found), n, groups, outputs, inputs, h, w, 1)
+    if inputs <= FEW:
+        _call("few_back_float32", (gradient, weight, found), n, groups, inputs, outputs, h, w, padding)
+    else:
+        _call("convolve_float32", (gradient, weight, None, found), n, groups, outputs, inputs, h, w, 1)
     return found
 
 

@@ -65,8 +65,9 @@ def test_a_finished_study_does_nothing_and_says_so(distillens, small_study: Path
 def test_the_time_of_a_study_is_put_down_to_what_it_went_to(small_study: Path) -> None:
     took = json.loads((small_study / "timing.json").read_text())
     asked = json.loads((small_study / "study.json").read_text())["asked"]
-    assert set(took["by"]) == {"sets", "models for all questions", *asked}
+    assert set(took["by"]) == {"sets", "models for all questions", "answers"}
     assert 0.5 * took["seconds"] < sum(took["by"].values()) <= took["seconds"]
+    assert set(took["answers"]) == set(asked) and min(took["answers"].values()) > 0
 
 
 def test_a_folder_of_other_settings_is_refused(distillens, small_study: Path, small: list[str]) -> None:
@@ -113,7 +114,8 @@ def test_no_model_of_a_study_is_trained_twice(
     wishes = {"methods": ("dm", "mtt"), "preset": "smoke", "settings": settings}
     planned = studies.forecast(studies.design(digits, **wishes), 1)
     studies.study(digits, tmp_path / "study", workers=1, **wishes)
-    (store,) = stores
+    store, *readers = stores
+    assert readers and not any(reader.trained for reader in readers)  # an answer finds all that it asks for
     assert set(store.trained.values()) == {1}
     assert sum(store.trained.values()) == planned.models
     assert json.loads((tmp_path / "study" / "study.json").read_text())["trainings"] == planned.models

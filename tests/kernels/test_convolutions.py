@@ -61,8 +61,7 @@ def test_values_and_gradients_are_those_of_a_convolution(
     assert far(convolutions.convolve(x, weight, bias, padding, groups), y.detach()) < 1e-6
     bare = torch.conv2d(*exact[:2], padding=padding, groups=groups)
     assert far(convolutions.convolve(x, weight, None, padding, groups), bare.detach()) < 1e-6
-    if inputs > convolutions.FEW:
-        assert far(convolutions.back(g, weight, groups), gx) < 1e-6
+    assert far(convolutions.back(g, weight, padding, groups), gx) < 1e-6
     assert far(convolutions.in_weight(x, g, padding, groups), gw) < 2e-6
 
 
@@ -70,7 +69,7 @@ def test_errors_are_of_the_size_of_those_of_pytorch() -> None:
     x, weight, bias, g = given(32, 16, 16, 64, 64, 1)
     ours = (
         convolutions.convolve(x, weight, bias, 1, 1),
-        convolutions.back(g, weight, 1),
+        convolutions.back(g, weight, 1, 1),
         convolutions.in_weight(x, g, 1, 1),
     )
     found = []
@@ -87,7 +86,7 @@ def test_memory_of_any_order_is_taken(memory: str) -> None:
     x, weight, bias, g = given(5, 8, 8, 16, 32, 1)
     expected = (
         convolutions.convolve(x, weight, bias, 1, 1),
-        convolutions.back(g, weight, 1),
+        convolutions.back(g, weight, 1, 1),
         convolutions.in_weight(x, g, 1, 1),
     )
     if memory == "colours last":
@@ -97,7 +96,7 @@ def test_memory_of_any_order_is_taken(memory: str) -> None:
         bias = torch.stack([bias, bias], 1).flatten()[::2]
     found = (
         convolutions.convolve(x, weight, bias, 1, 1),
-        convolutions.back(g, weight, 1),
+        convolutions.back(g, weight, 1, 1),
         convolutions.in_weight(x, g, 1, 1),
     )
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
@@ -113,7 +112,7 @@ def test_threads_and_other_images_change_no_bit(inputs: int) -> None:
             found.append(
                 (
                     convolutions.convolve(x, weight, bias, 1, 2),
-                    convolutions.back(g, weight, 2) if inputs > 1 else g,
+                    convolutions.back(g, weight, 1, 2),
                     convolutions.in_weight(x, g, 1, 2),
                 )
             )
