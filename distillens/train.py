@@ -368,8 +368,9 @@ def _train_chunk(training: Training, plan: Plan, progress: Progress | None) -> P
         mixes = batches.mixes(step)
         if any(mixes) and index is None:
             index = torch.arange(len(data), device=data.device).expand(len(flat), -1)
-        leaf = at.detach().requires_grad_()
-        logits, new = _forward(training, shapes.unflatten(leaf), buffers, images, index, mixes, step)
+        # A leaf each: of one whole vector every part would have to be put together from zeros again.
+        leaves = {name: part.detach().requires_grad_() for name, part in shapes.unflatten(at).items()}
+        logits, new = _forward(training, leaves, buffers, images, index, mixes, step)
         labels = data.labels
         if isinstance(labels, Teacher):
             labels = labels.view(step % len(labels.views))
@@ -389,8 +390,8 @@ def _train_chunk(training: Training, plan: Plan, progress: Progress | None) -> P
             total = weight.sum(1)
             # An ordered step of which nothing is left has no gradient.
             mean = (losses * weight).sum(1) / torch.where(total > 0, total, 1.0)
-        (gradient,) = torch.autograd.grad(mean.sum(), leaf)
-        return gradient, new
+        parts = torch.autograd.grad(mean.sum(), list(leaves.values()), materialize_grads=True)
+        return shapes.flatten(dict(zip(leaves, parts, strict=True))), new
 
     look(0)
     for step in range(training.steps):
@@ -484,8 +485,8 @@ def _logits(
     """Logits [m, n, k] of m models; one alone goes its own way."""
     if len(next(iter(params.values()))) > 1:
         return logits_of_many(net, params, buffers, x, mode)
-    one = {name: value[0] for name, value in params.items()}
-    logits, new = net.logits(one, {name: value[0] for name, value in buffers.items()}, x, mode)
+    one = {name: value.squeeze(0) for name, value in params.items()}
+    logits, new = net.logits(one, {name: value.squeeze(0) for name, value in buffers.items()}, x, mode)
     return logits[None], {name: value[None] for name, value in new.items()}
 
 

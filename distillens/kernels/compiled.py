@@ -13,8 +13,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 # Sums may be taken in any order, which the compiler settles once: not-a-number stays what it is.
 FLAGS = (
@@ -44,6 +46,21 @@ def library(source: Path) -> ctypes.CDLL | None:
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+@cache
+def function(source: Path, name: str, pointers: int, sizes: int, numbers: int = 0) -> Callable[..., None]:
+    """What a library calls ``name``: it takes so many pointers, integers and numbers."""
+    found = library(source)
+    assert found is not None, "asked for without a look at what is available"
+    taken = getattr(found, name)
+    taken.restype = None
+    taken.argtypes = [
+        *[ctypes.c_void_p] * pointers,
+        *[ctypes.c_int64] * sizes,
+        *[ctypes.c_double] * numbers,
+    ]
+    return cast("Callable[..., None]", taken)
 
 
 def _compiled(compiler: str, source: Path) -> Path:

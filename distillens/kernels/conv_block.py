@@ -170,13 +170,42 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> Any:
-        wanted = tuple(ctx.needs_input_grad[:5])
-        slope = _Slope.apply(g, *ctx.saved_tensors, *ctx.sizes, wanted)  # type: ignore[no-untyped-call]
+        given = g.contiguous(), *ctx.saved_tensors, *ctx.sizes, tuple(ctx.needs_input_grad[:5])
+        # Where nobody differentiates on, nothing is kept for that.
+        slope = _Slope.apply(*given) if torch.is_grad_enabled() else _slope(*given)[0]  # type: ignore[no-untyped-call]
         return *slope, None, None, None
 
 
+def _slope(
+    g: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    gamma: torch.Tensor,
+    beta: torch.Tensor,
+    z: torch.Tensor,
+    means: torch.Tensor,
+    rstds: torch.Tensor,
+    padding: int,
+    groups: int,
+    fewer: bool,
+    wanted: tuple[bool, ...],
+) -> tuple[tuple[torch.Tensor | None, ...], torch.Tensor]:
+    """The block's gradient in x, weight, bias, gamma and beta, where wanted, and that in z."""
+    gz, ggamma, gbeta = planes.backward(g, z, gamma, beta, means, rstds)
+    gx, gw = _conv_back(gz, x, weight.to(x.dtype), padding, groups, fewer, (wanted[0], wanted[1]))
+    found = (
+        gx,
+        None if gw is None else gw.to(weight.dtype),
+        torch.zeros_like(bias) if wanted[2] else None,
+        ggamma if wanted[3] else None,
+        gbeta if wanted[4] else None,
+    )
+    return found, gz
+
+
 class _Slope(torch.autograd.Function):
-    """The block's gradient in x, weight, bias, gamma and beta, from the one in its result."""
+    """``_slope``, with a derivative of its own."""
 
     @staticmethod
     def forward(
@@ -195,19 +224,12 @@ class _Slope(torch.autograd.Function):
         fewer: bool,
         wanted: tuple[bool, ...],
     ) -> Any:
-        g = g.contiguous()
-        gz, ggamma, gbeta = planes.backward(g, z, gamma, beta, means, rstds)
-        gx, gw = _conv_back(gz, x, weight.to(x.dtype), padding, groups, fewer, (wanted[0], wanted[1]))
+        sizes = padding, groups, fewer
+        found, gz = _slope(g, x, weight, bias, gamma, beta, z, means, rstds, *sizes, wanted)
         ctx.save_for_backward(g, x, weight, bias, gamma, beta, z, means, rstds, gz)
-        ctx.sizes = padding, groups, fewer
+        ctx.sizes = sizes
         ctx.set_materialize_grads(False)
-        return (
-            gx,
-            None if gw is None else gw.to(weight.dtype),
-            torch.zeros_like(bias) if wanted[2] else None,
-            ggamma if wanted[3] else None,
-            gbeta if wanted[4] else None,
-        )
+        return found
 
     @staticmethod
     def backward(ctx: Any, *v: torch.Tensor | None) -> Any:

@@ -10,7 +10,6 @@ Source: Winograd 1980; Lavin & Gray 2016 (F(2 x 2, 3 x 3)). The gradient in the 
 
 from __future__ import annotations
 
-import ctypes
 from pathlib import Path
 
 import torch
@@ -85,8 +84,6 @@ def in_weight(x: torch.Tensor, gradient: torch.Tensor, padding: int, groups: int
 
 def _call(name: str, tensors: tuple[torch.Tensor | None, ...], *sizes: int) -> None:
     """Give the last of the tensors what a function of the library finds from the others."""
-    library = compiled.library(SOURCE)
-    assert library is not None, "asked for without a look at available()"
-    plain = [None if tensor is None else tensor.contiguous() for tensor in tensors]
-    places = (ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in plain)
-    getattr(library, name)(*places, *map(ctypes.c_int64, sizes))
+    plain = [None if tensor is None else tensor.contiguous() for tensor in tensors]  # held until the end
+    places = [None if tensor is None else tensor.data_ptr() for tensor in plain]
+    compiled.function(SOURCE, name, len(places), len(sizes))(*places, *sizes)

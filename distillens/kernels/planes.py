@@ -6,7 +6,6 @@ convolutions of a small network.
 
 from __future__ import annotations
 
-import ctypes
 from pathlib import Path
 
 import torch
@@ -38,7 +37,7 @@ def forward(
     n, c, h, w = z.shape
     y = z.new_empty(n, c, h // 2, w // 2)
     means, rstds = gamma.new_empty(n * c), gamma.new_empty(n * c)
-    _call("forward", z, (z, gamma, beta, y, means, rstds), ctypes.c_double(epsilon))
+    _call("forward", z, (z, gamma, beta, y, means, rstds), epsilon)
     return y, means, rstds
 
 
@@ -76,12 +75,9 @@ def twice(
     return sg, sz, sgamma.sum(0)
 
 
-def _call(name: str, z: torch.Tensor, tensors: tuple[torch.Tensor, ...], *more: ctypes.c_double) -> None:
-    library = compiled.library(SOURCE)
-    assert library is not None, "asked for without a look at available()"
+def _call(name: str, z: torch.Tensor, tensors: tuple[torch.Tensor, ...], *more: float) -> None:
     if not all(tensor.is_contiguous() for tensor in tensors):
         raise ValueError("the kernels walk over plain memory")
     n, c, h, w = z.shape
-    function = getattr(library, f"{name}_{_KINDS[z.dtype]}")
-    sizes = map(ctypes.c_int64, (n * c, c, h, w))
-    function(*(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors), *sizes, *more)
+    function = compiled.function(SOURCE, f"{name}_{_KINDS[z.dtype]}", len(tensors), 4, len(more))
+    function(*[tensor.data_ptr() for tensor in tensors], n * c, c, h, w, *more)
