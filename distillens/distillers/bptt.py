@@ -69,6 +69,7 @@ class BPTT(Unrolling):
                 batch_real=32,
                 lr_img=100.0,
                 init="real",
+                mode="graph",
                 net=net,
             )
         return cls(net=net)

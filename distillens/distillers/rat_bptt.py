@@ -100,6 +100,7 @@ class RaTBPTT(Unrolling):
                 lr_img=0.1,
                 augment="",
                 init="real",
+                mode="graph",
                 net=net,
             )
         if min(like.shape[1:]) >= 48:  # Tiny ImageNet

@@ -104,6 +104,7 @@ class RTP(Unrolling):
                 batch_real=32,
                 lr_img=3.0 if few else 10.0,
                 init="real",
+                mode="graph",
                 net=net,
             )
         return cls(n_bases=fitting(16 * max(1, round(ipc**0.5)), 2), net=net)

@@ -80,6 +80,7 @@ class Wang2018(Unrolling):
                 lr_img=0.1,
                 batch_real=32,
                 init="real",
+                mode="graph",
                 net=net,
             )
         rgb = like.shape[0] == 3
