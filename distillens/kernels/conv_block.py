@@ -161,9 +161,12 @@ class _Block(torch.autograd.Function):
         groups: int,
         fewer: bool,
     ) -> torch.Tensor:
-        w = weight.to(x.dtype)
-        z = _conv(x, w, bias.to(x.dtype), padding, groups, fewer)
-        y, means, rstds = planes.forward(z, gamma, beta, EPSILON)
+        w, b = weight.to(x.dtype), bias.to(x.dtype)
+        if _few(x, w, padding, fewer):
+            z, y, means, rstds = convolutions.block(x, w, b, gamma, beta, padding, groups, EPSILON)
+        else:
+            z = _conv(x, w, b, padding, groups, fewer)
+            y, means, rstds = planes.forward(z, gamma, beta, EPSILON)
         ctx.save_for_backward(x, weight, bias, gamma, beta, z, means, rstds)
         ctx.sizes = padding, groups, fewer
         return y
@@ -172,8 +175,28 @@ class _Block(torch.autograd.Function):
     def backward(ctx: Any, g: torch.Tensor) -> Any:
         given = g.contiguous(), *ctx.saved_tensors, *ctx.sizes, tuple(ctx.needs_input_grad[:5])
         # Where nobody differentiates on, nothing is kept for that.
-        slope = _Slope.apply(*given) if torch.is_grad_enabled() else _slope(*given)[0]  # type: ignore[no-untyped-call]
+        slope = _Slope.apply(*given) if torch.is_grad_enabled() else _last_slope(*given)  # type: ignore[no-untyped-call]
         return *slope, None, None, None
+
+
+def _few(x: torch.Tensor, w: torch.Tensor, padding: int, fewer: bool) -> bool:
+    """Whether a block is of few channels, which our kernels take as one."""
+    return fewer and w.shape[1] <= FEW and convolutions.fit(x, w, padding)
+
+
+def _last_slope(g: torch.Tensor, x: torch.Tensor, *given: Any) -> tuple[torch.Tensor | None, ...]:
+    """``_slope`` where the gradient in z serves nothing else: of few channels it is never written down."""
+    weight, bias, gamma, beta, z, means, rstds, padding, groups, fewer, wanted = given
+    if wanted[0] or not (wanted[1] and _few(x, weight.to(x.dtype), padding, fewer)):
+        return _slope(g, x, *given)[0]
+    gw, ggamma, gbeta = convolutions.block_slope(g, x, z, gamma, beta, means, rstds, padding, groups)
+    return (
+        None,
+        gw,
+        torch.zeros_like(bias) if wanted[2] else None,
+        ggamma if wanted[3] else None,
+        gbeta if wanted[4] else None,
+    )
 
 
 def _slope(

@@ -14,6 +14,9 @@
 #include <utility>
 #include <vector>
 
+#include "planes.cpp"
+#undef SIZES
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -25,7 +28,7 @@ constexpr int LANES = 4, MR = 8;
 #endif
 constexpr int NR = 3;  // vectors of a row of results held in registers, with MR rows
 constexpr int64_t PAIR = 2 * LANES;
-constexpr int64_t SLICES = 8;  // of a sum over blocks, so that as many threads can share it
+constexpr int64_t SLICES = 8;  // of a sum over blocks, or groups, so that as many threads can share the work
 
 template <int N> struct Of { typedef float type __attribute__((vector_size(N * 4))); };
 template <int N> using Vec = typename Of<N>::type;
@@ -215,7 +218,7 @@ template <int N, bool SQUARE> struct Unit {
 
 // Memory of a thread, kept from call to call.
 inline float* scratch(size_t which, size_t numbers) {
-    thread_local std::vector<float> room[4];
+    thread_local std::vector<float> room[5];
     if (room[which].size() < numbers + 16) room[which].resize(numbers + 16);
     return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(room[which].data()) + 63) / 64 * 64);
 }
@@ -279,29 +282,40 @@ template <int N, bool SQUARE>
 void convolve(const Work<N, SQUARE>& of, const float* x, const float* w, const float* bias, float* y, bool turned) {
     using U = Unit<N, SQUARE>;
     const int64_t size = 16 * of.inputs * of.outputs;
+    auto transformed = [&](int64_t g, float* u) { filters(w + g * of.inputs * of.outputs * 9, u, of.outputs, of.inputs, turned); };
+    auto one = [&](int64_t g, int64_t b, const float* u) {
+        float* v = scratch(0, 16 * of.in);
+        float* m = scratch(1, 16 * of.out);
+        for (int64_t c = 0; c < of.inputs; ++c)
+            of.each(b, of.inputs, g * of.inputs + c, [&](int64_t k, int64_t at, int64_t row) {
+                U::split(x + at, of.height, row, v + c * of.wide + k * N, of.in);
+            });
+        const int64_t vectors = (of.inside(b) * N + LANES - 1) / LANES;
+        for (int64_t xi = 0; xi < 16; ++xi)
+            columns<false>(vectors, of.outputs, of.inputs, u + xi * of.inputs * of.outputs, MR, 1, MR * of.inputs, v + xi * of.in,
+                           of.wide, m + xi * of.out, of.wide);
+        for (int64_t o = 0; o < of.outputs; ++o) {
+            const float shift = bias ? bias[g * of.outputs + o] : 0.f;
+            of.each(b, of.outputs, g * of.outputs + o, [&](int64_t k, int64_t at, int64_t row) {
+                U::join(m + o * of.wide + k * N, of.out, shift, y + at, row);
+            });
+        }
+    };
+    if (of.groups >= SLICES) {  // a group's filters stay where they are used
+#pragma omp parallel for
+        for (int64_t g = 0; g < of.groups; ++g) {
+            float* u = scratch(3, size);
+            transformed(g, u);
+            for (int64_t b = 0; b < of.blocks; ++b) one(g, b, u);
+        }
+        return;
+    }
     float* u = scratch(3, of.groups * size);
 #pragma omp parallel for if (of.groups > 1)
-    for (int64_t g = 0; g < of.groups; ++g) filters(w + g * of.inputs * of.outputs * 9, u + g * size, of.outputs, of.inputs, turned);
+    for (int64_t g = 0; g < of.groups; ++g) transformed(g, u + g * size);
 #pragma omp parallel for collapse(2) if (of.groups * of.blocks > 1)
     for (int64_t g = 0; g < of.groups; ++g)
-        for (int64_t b = 0; b < of.blocks; ++b) {
-            float* v = scratch(0, 16 * of.in);
-            float* m = scratch(1, 16 * of.out);
-            for (int64_t c = 0; c < of.inputs; ++c)
-                of.each(b, of.inputs, g * of.inputs + c, [&](int64_t k, int64_t at, int64_t row) {
-                    U::split(x + at, of.height, row, v + c * of.wide + k * N, of.in);
-                });
-            const int64_t vectors = (of.inside(b) * N + LANES - 1) / LANES;
-            for (int64_t xi = 0; xi < 16; ++xi)
-                columns<false>(vectors, of.outputs, of.inputs, u + g * size + xi * of.inputs * of.outputs, MR, 1, MR * of.inputs,
-                               v + xi * of.in, of.wide, m + xi * of.out, of.wide);
-            for (int64_t o = 0; o < of.outputs; ++o) {
-                const float shift = bias ? bias[g * of.outputs + o] : 0.f;
-                of.each(b, of.outputs, g * of.outputs + o, [&](int64_t k, int64_t at, int64_t row) {
-                    U::join(m + o * of.wide + k * N, of.out, shift, y + at, row);
-                });
-            }
-        }
+        for (int64_t b = 0; b < of.blocks; ++b) one(g, b, u + g * size);
 }
 
 // Rows of 4 x 4 numbers as columns.
@@ -342,15 +356,15 @@ template <int N, bool SQUARE>
 void weights(const Work<N, SQUARE>& of, const float* x, const float* gy, float* gw) {
     using U = Unit<N, SQUARE>;
     const int64_t columns = (of.inputs + PAIR - 1) / PAIR * PAIR, size = 16 * of.outputs * columns;
-    const int64_t slices = std::min(SLICES, (of.blocks + 3) / 4);
-    float* sums = scratch(3, of.groups * slices * size);
+    const int64_t slices = of.groups >= SLICES ? 1 : std::min(SLICES, (of.blocks + 3) / 4);
+    float* sums = slices == 1 ? nullptr : scratch(3, of.groups * slices * size);
 #pragma omp parallel for collapse(2) if (of.groups * slices > 1)
     for (int64_t g = 0; g < of.groups; ++g)
         for (int64_t s = 0; s < slices; ++s) {
             float* v = scratch(0, 16 * 4 * of.wide);  // of four channels
             float* d = scratch(1, 16 * of.out);
             float* t = scratch(2, 16 * columns * of.wide);  // v of all, turned: [xi][c / PAIR][tile][c % PAIR]
-            float* sum = sums + (g * slices + s) * size;
+            float* sum = slices == 1 ? scratch(4, size) : sums + (g * slices + s) * size;
             std::memset(sum, 0, size * sizeof(float));
             for (int64_t b = of.blocks * s / slices; b < of.blocks * (s + 1) / slices; ++b) {
                 const int64_t tiles = of.inside(b) * N;
@@ -373,7 +387,9 @@ void weights(const Work<N, SQUARE>& of, const float* x, const float* gy, float* 
                         column<2, true>(of.outputs, tiles, d + xi * of.out, 1, of.wide, MR * of.wide,
                                         t + (xi * columns + n) * of.wide, PAIR, sum + xi * of.outputs * columns + n, columns);
             }
+            if (slices == 1) filtered(sum, gw + g * of.outputs * of.inputs * 9, of.outputs, of.inputs, columns);
         }
+    if (slices == 1) return;
     for (int64_t g = 0; g < of.groups; ++g) {
         float* total = sums + g * slices * size;
         for (int64_t s = 1; s < slices; ++s)
@@ -420,7 +436,9 @@ struct Few {
         each_place(first, [&](int64_t at, int64_t from) { store(to + at, load<Vec<8>>(x + from)); });
     }
 
-    void convolve(const float* x, const float* w, const float* bias, float* y) const {
+    // then(which image and group): its planes lie in y, and in the cache.
+    template <class F>
+    void convolve(const float* x, const float* w, const float* bias, float* y, const F& then) const {
         const int64_t depth = taps + 1;  // the last is the bias, of a plane of ones
         float* f = scratch(3, groups * outputs * depth);
         for (int64_t o = 0; o < groups * outputs; ++o)
@@ -437,6 +455,7 @@ struct Few {
                     columns<false>(pixels(first) / LANES, outputs, depth, f + g * outputs * depth, MR, 1, MR * depth, right, wide,
                                    y + (n * groups + g) * outputs * plane + first * out_width, plane);
                 }
+                then(n * groups + g);
             }
     }
 
@@ -468,7 +487,9 @@ struct Few {
             }
     }
 
-    void weights(const float* x, const float* gy, float* gw) const {
+    // given(which image and group): the gradient in its planes.
+    template <class F>
+    void weights(const float* x, const F& given, float* gw) const {
         const int64_t padded = (taps + PAIR - 1) / PAIR * PAIR, size = outputs * padded;
         const int64_t slices = std::min(SLICES, (images + 3) / 4);
         float* sums = scratch(3, groups * slices * size);
@@ -480,13 +501,14 @@ struct Few {
                 float* sum = sums + (g * slices + s) * size;
                 std::memset(sum, 0, size * sizeof(float));
                 for (int64_t n = images * s / slices; n < images * (s + 1) / slices; ++n) {
+                    const float* gy = given(n * groups + g);
                     const float* image = framed(x + (n * groups + g) * inputs * height * width);
                     for (int64_t first = 0; first < out_height; first += rows) {
                         shifted(image, first, left);
                         for (int64_t k = 0; k < padded; k += 4)
                             for (int64_t p = 0; p < pixels(first); p += 4)
                                 turn(left + k * wide + p, wide, right + (k / PAIR * wide + p) * PAIR + k % PAIR, PAIR);
-                        const float* from = gy + (n * groups + g) * outputs * plane + first * out_width;
+                        const float* from = gy + first * out_width;
                         for (int64_t k = 0; k < padded; k += PAIR)
                             column<2, true>(outputs, pixels(first), from, 1, plane, MR * plane, right + k * wide, PAIR, sum + k, padded);
                     }
@@ -524,12 +546,41 @@ extern "C" void weights_float32(const float* x, const float* gy, float* gw, int6
 
 extern "C" void few_convolve_float32(const float* x, const float* w, const float* bias, float* y, int64_t images, int64_t groups,
                                      int64_t inputs, int64_t outputs, int64_t height, int64_t width, int64_t padding) {
-    Few{images, groups, inputs, outputs, height, width, padding}.convolve(x, w, bias, y);
+    Few{images, groups, inputs, outputs, height, width, padding}.convolve(x, w, bias, y, [](int64_t) {});
 }
 
 extern "C" void few_weights_float32(const float* x, const float* gy, float* gw, int64_t images, int64_t groups, int64_t inputs,
                                     int64_t outputs, int64_t height, int64_t width, int64_t padding) {
-    Few{images, groups, inputs, outputs, height, width, padding}.weights(x, gy, gw);
+    const Few of{images, groups, inputs, outputs, height, width, padding};
+    of.weights(x, [&](int64_t at) { return gy + at * outputs * of.plane; }, gw);
+}
+
+// The convolution, and norm, ReLU and pooling of planes that are still in the cache.
+extern "C" void few_block_float32(const float* x, const float* w, const float* bias, const float* gamma, const float* beta,
+                                  float* z, float* y, float* means, float* rstds, int64_t images, int64_t groups, int64_t inputs,
+                                  int64_t outputs, int64_t height, int64_t width, int64_t padding, double epsilon) {
+    const Few of{images, groups, inputs, outputs, height, width, padding};
+    const int64_t h = of.out_height, wide = of.out_width, pooled = (h / 2) * (wide / 2);
+    of.convolve(x, w, bias, z, [&](int64_t at) {
+        const int64_t row = at * outputs, channel = at % groups * outputs;
+        forward_float32(z + row * of.plane, gamma + channel, beta + channel, y + row * pooled, means + row, rstds + row, outputs,
+                        outputs, h, wide, epsilon);
+    });
+}
+
+// The gradient in w from that in the block's result; that in z is forgotten plane by plane.
+extern "C" void few_slope_float32(const float* g, const float* x, const float* z, const float* gamma, const float* beta,
+                                  const float* means, const float* rstds, float* ggamma, float* gbeta, float* gw, int64_t images,
+                                  int64_t groups, int64_t inputs, int64_t outputs, int64_t height, int64_t width, int64_t padding) {
+    const Few of{images, groups, inputs, outputs, height, width, padding};
+    const int64_t h = of.out_height, wide = of.out_width, pooled = (h / 2) * (wide / 2);
+    of.weights(x, [&](int64_t at) {
+        const int64_t row = at * outputs, channel = at % groups * outputs;
+        float* gz = scratch(4, outputs * of.plane);
+        backward_float32(g + row * pooled, z + row * of.plane, gamma + channel, beta + channel, means + row, rstds + row, gz,
+                         ggamma + row, gbeta + row, outputs, outputs, h, wide);
+        return gz;
+    }, gw);
 }
 
 // The gradient in x from that in y.

@@ -82,8 +82,51 @@ def in_weight(x: torch.Tensor, gradient: torch.Tensor, padding: int, groups: int
     return found
 
 
-def _call(name: str, tensors: tuple[torch.Tensor | None, ...], *sizes: int) -> None:
-    """Give the last of the tensors what a function of the library finds from the others."""
+def block(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    gamma: torch.Tensor,
+    beta: torch.Tensor,
+    padding: int,
+    groups: int,
+    epsilon: float,
+) -> tuple[torch.Tensor, ...]:
+    """``convolve`` by a ``weight`` of few channels, then ``planes.forward``, image by image: z, and what that gives."""
+    n, _, h, w = x.shape
+    inputs, outputs = weight.shape[1], len(weight) // groups
+    z = x.new_empty(n, len(weight), h + 2 * padding - 2, w + 2 * padding - 2)
+    y = x.new_empty(n, len(weight), z.shape[2] // 2, z.shape[3] // 2)
+    means, rstds = x.new_empty(n * len(weight)), x.new_empty(n * len(weight))
+    tensors = (x, weight, bias, gamma, beta, z, y, means, rstds)
+    _call("few_block_float32", tensors, n, groups, inputs, outputs, h, w, padding, epsilon)
+    return z, y, means, rstds
+
+
+def block_slope(
+    g: torch.Tensor,
+    x: torch.Tensor,
+    z: torch.Tensor,
+    gamma: torch.Tensor,
+    beta: torch.Tensor,
+    means: torch.Tensor,
+    rstds: torch.Tensor,
+    padding: int,
+    groups: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``planes.backward``, then ``in_weight`` of few channels, image by image: the gradient in the weight, gamma and beta."""
+    n, c, h, w = x.shape
+    inputs, outputs = c // groups, z.shape[1] // groups
+    ggamma, gbeta = gamma.new_empty(n, z.shape[1]), gamma.new_empty(n, z.shape[1])
+    found = x.new_empty(groups * outputs, inputs, 3, 3)
+    tensors = (g, x, z, gamma, beta, means, rstds, ggamma, gbeta, found)
+    _call("few_slope_float32", tensors, n, groups, inputs, outputs, h, w, padding)
+    return found, ggamma.sum(0), gbeta.sum(0)
+
+
+def _call(name: str, tensors: tuple[torch.Tensor | None, ...], *more: float) -> None:
+    """Give the last of the tensors what a function of the library finds from the others: sizes, then numbers."""
     plain = [None if tensor is None else tensor.contiguous() for tensor in tensors]  # held until the end
     places = [None if tensor is None else tensor.data_ptr() for tensor in plain]
-    compiled.function(SOURCE, name, len(places), len(sizes))(*places, *sizes)
+    sizes = sum(isinstance(one, int) for one in more)
+    compiled.function(SOURCE, name, len(places), sizes, len(more) - sizes)(*places, *more)
