@@ -291,7 +291,7 @@ def _picture(draw: Callable[[Axes], None]) -> bytes:
     FigureCanvasAgg(figure)
     draw(figure.add_subplot())
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    figure.savefig(buffer, format="png", metadata={"Software": None}, bbox_inches="tight", pad_inches=0.08)
     return buffer.getvalue()
 
 
