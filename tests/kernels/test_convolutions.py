@@ -17,6 +17,7 @@ SIZES = [
     pytest.param(1, 4, 4, 8, 8, 1, 1, id="one of 4x4"),
     pytest.param(7, 4, 4, 32, 16, 3, 1, id="4x4 in 3 groups"),
     pytest.param(300, 4, 4, 8, 24, 1, 1, id="many of 4x4"),
+    pytest.param(5, 4, 4, 8, 16, 9, 1, id="4x4 in 9 groups"),
     pytest.param(5, 8, 8, 16, 32, 2, 1, id="8x8 in 2 groups"),
     pytest.param(3, 2, 8, 8, 8, 1, 1, id="2x8"),
     pytest.param(3, 6, 16, 40, 8, 1, 1, id="6x16"),
