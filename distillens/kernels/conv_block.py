@@ -175,28 +175,13 @@ class _Block(torch.autograd.Function):
     def backward(ctx: Any, g: torch.Tensor) -> Any:
         given = g.contiguous(), *ctx.saved_tensors, *ctx.sizes, tuple(ctx.needs_input_grad[:5])
         # Where nobody differentiates on, nothing is kept for that.
-        slope = _Slope.apply(*given) if torch.is_grad_enabled() else _last_slope(*given)  # type: ignore[no-untyped-call]
+        slope = _Slope.apply(*given) if torch.is_grad_enabled() else _slope(*given, last=True)[0]  # type: ignore[no-untyped-call]
         return *slope, None, None, None
 
 
 def _few(x: torch.Tensor, w: torch.Tensor, padding: int, fewer: bool) -> bool:
     """Whether a block is of few channels, which our kernels take as one."""
     return fewer and w.shape[1] <= FEW and convolutions.fit(x, w, padding)
-
-
-def _last_slope(g: torch.Tensor, x: torch.Tensor, *given: Any) -> tuple[torch.Tensor | None, ...]:
-    """``_slope`` where the gradient in z serves nothing else: of few channels it is never written down."""
-    weight, bias, gamma, beta, z, means, rstds, padding, groups, fewer, wanted = given
-    if wanted[0] or not (wanted[1] and _few(x, weight.to(x.dtype), padding, fewer)):
-        return _slope(g, x, *given)[0]
-    gw, ggamma, gbeta = convolutions.block_slope(g, x, z, gamma, beta, means, rstds, padding, groups)
-    return (
-        None,
-        gw,
-        torch.zeros_like(bias) if wanted[2] else None,
-        ggamma if wanted[3] else None,
-        gbeta if wanted[4] else None,
-    )
 
 
 def _slope(
@@ -213,10 +198,20 @@ def _slope(
     groups: int,
     fewer: bool,
     wanted: tuple[bool, ...],
-) -> tuple[tuple[torch.Tensor | None, ...], torch.Tensor]:
-    """The block's gradient in x, weight, bias, gamma and beta, where wanted, and that in z."""
-    gz, ggamma, gbeta = planes.backward(g, z, gamma, beta, means, rstds)
-    gx, gw = _conv_back(gz, x, weight.to(x.dtype), padding, groups, fewer, (wanted[0], wanted[1]))
+    *,
+    last: bool = False,
+) -> tuple[tuple[torch.Tensor | None, ...], torch.Tensor | None]:
+    """The block's gradient in x, weight, bias, gamma and beta, where wanted, and that in z.
+
+    With ``last`` nobody needs that in z: of few channels it is then never written down.
+    """
+    w = weight.to(x.dtype)
+    if last and wanted[:2] == (False, True) and _few(x, w, padding, fewer):
+        gx, gz = None, None
+        gw, ggamma, gbeta = convolutions.block_slope(g, x, z, gamma, beta, means, rstds, padding, groups)
+    else:
+        gz, ggamma, gbeta = planes.backward(g, z, gamma, beta, means, rstds)
+        gx, gw = _conv_back(gz, x, w, padding, groups, fewer, (wanted[0], wanted[1]))
     found = (
         gx,
         None if gw is None else gw.to(weight.dtype),
@@ -231,26 +226,11 @@ class _Slope(torch.autograd.Function):
     """``_slope``, with a derivative of its own."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        g: torch.Tensor,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor,
-        gamma: torch.Tensor,
-        beta: torch.Tensor,
-        z: torch.Tensor,
-        means: torch.Tensor,
-        rstds: torch.Tensor,
-        padding: int,
-        groups: int,
-        fewer: bool,
-        wanted: tuple[bool, ...],
-    ) -> Any:
-        sizes = padding, groups, fewer
-        found, gz = _slope(g, x, weight, bias, gamma, beta, z, means, rstds, *sizes, wanted)
-        ctx.save_for_backward(g, x, weight, bias, gamma, beta, z, means, rstds, gz)
-        ctx.sizes = sizes
+    def forward(ctx: Any, *given: Any) -> Any:
+        found, gz = _slope(*given)
+        *tensors, padding, groups, fewer, _ = given
+        ctx.save_for_backward(*tensors, gz)
+        ctx.sizes = padding, groups, fewer
         ctx.set_materialize_grads(False)
         return found
 
