@@ -20,7 +20,8 @@ from distillens.engine.cluster import Cluster
 from distillens.engine.plan import Plan
 from distillens.engine.workers import Engine
 from distillens.experts import Experts, Trajectories
-from distillens.train import Population, Training, assembled, chunks, train_chunk
+from distillens.stacks import together, train_stack
+from distillens.train import Population, Training, assembled, chunks
 
 Report = Callable[[int, int], None]  # (models done, models in all)
 Request = Training | Experts
@@ -99,14 +100,16 @@ class Runs:
         parts = list(self._missing(requests))
         jobs = [part.training if isinstance(part, Experts) else part for part in parts]
         total = sum(len(job.keys) for job in jobs)
-        # Long jobs first: the workers end together.
-        order = sorted(range(len(jobs)), key=lambda i: -jobs[i].image_steps)
+        stacks = together(jobs, self.plan, self.engine.workers)
+        # Long ones first: the workers end together.
+        stacks.sort(key=lambda stack: -sum(jobs[i].image_steps for i in stack))
         done = 0
-        for place, population in self.engine.map(train_chunk, [(jobs[i], self.plan) for i in order]):
-            part, job = parts[order[place]], jobs[order[place]]
-            self._save(part, population)
-            self.trained.update(job.identities())
-            done += len(job.keys)
+        work = [([jobs[i] for i in stack], self.plan) for stack in stacks]
+        for place, populations in self.engine.map(train_stack, work):
+            for i, population in zip(stacks[place], populations, strict=True):
+                self._save(parts[i], population)
+                self.trained.update(jobs[i].identities())
+                done += len(jobs[i].keys)
             if report is not None:
                 report(done, total)
         if parts:

@@ -18,7 +18,7 @@ from distillens.augment import Mix
 from distillens.core.artefact import DistilledDataset, Order
 from distillens.core.checks import UserError
 from distillens.core.config import describe
-from distillens.core.contracts import Buffers, Mode, Net, Params, logits_of_many
+from distillens.core.contracts import Buffers, Mode, Net, Params, Stackable, logits_of_many
 from distillens.core.dataset import Dataset
 from distillens.core.labels import Teacher
 from distillens.core.recipe import Recipe
@@ -370,7 +370,7 @@ def _train_chunk(training: Training, plan: Plan, progress: Progress | None) -> P
             index = torch.arange(len(data), device=data.device).expand(len(flat), -1)
         # A leaf each: of one whole vector every part would have to be put together from zeros again.
         leaves = {name: part.detach().requires_grad_() for name, part in shapes.unflatten(at).items()}
-        logits, new = _forward(training, leaves, buffers, images, index, mixes, step)
+        logits, new = _forward(training, leaves, buffers, images, batches, index, mixes, step)
         labels = data.labels
         if isinstance(labels, Teacher):
             labels = labels.view(step % len(labels.views))
@@ -447,6 +447,7 @@ def _forward(
     params: Params,
     buffers: Buffers,
     images: torch.Tensor,
+    batches: _Batches,
     index: torch.Tensor | None,
     mixes: Sequence[Mix | None],
     step: int,
@@ -474,7 +475,10 @@ def _forward(
             return augment.apply(x, None if numbers is None else numbers.rows(rows))
         return augment.apply(x, augment.draw(strategy, place, len(x)))
 
-    x = images if shared else batch(0) if m == 1 else torch.stack([batch(j) for j in range(m)])
+    if index is not None and not strategy and not any(mixes):
+        x = batches.images(images, index)
+    else:
+        x = images if shared else torch.stack([batch(j) for j in range(m)])
     logits, new = _logits(net, params, buffers, x, "train")
     return logits, {name: value.detach() for name, value in new.items()}
 
@@ -482,11 +486,12 @@ def _forward(
 def _logits(
     net: Net, params: Params, buffers: Buffers, x: torch.Tensor, mode: Mode
 ) -> tuple[torch.Tensor, Buffers]:
-    """Logits [m, n, k] of m models; one alone goes its own way."""
-    if len(next(iter(params.values()))) > 1:
+    """Logits [m, n, k] of m models; one alone goes its own way, unless it has one for many, which to the bit is for any number."""
+    if len(next(iter(params.values()))) > 1 or isinstance(net, Stackable):
         return logits_of_many(net, params, buffers, x, mode)
     one = {name: value.squeeze(0) for name, value in params.items()}
-    logits, new = net.logits(one, {name: value.squeeze(0) for name, value in buffers.items()}, x, mode)
+    own = {name: value.squeeze(0) for name, value in buffers.items()}
+    logits, new = net.logits(one, own, x if x.ndim == 4 else x.squeeze(0), mode)
     return logits[None], {name: value[None] for name, value in new.items()}
 
 
@@ -502,6 +507,14 @@ class _Batches:
         self.batch = training.recipe.batch or max(self.sizes)
         self.full = training.subsets is None and self.batch >= n
         self.passes: list[tuple[int, torch.Tensor] | None] = [None] * len(training.keys)
+        self.found: tuple[torch.Tensor, torch.Tensor | None] | None = None  # what no step changes
+        self.taken: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def images(self, images: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """The images ``index`` [m, b], kept while the next step asks for the same."""
+        if self.taken is None or self.taken[0] is not index:
+            self.taken = index, images[index.clamp(min=0)]
+        return self.taken[1]
 
     def at(self, step: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         training = self.training
@@ -516,6 +529,12 @@ class _Batches:
             return index.clamp(min=0), weight
         if self.full:
             return None, None if training.weights is None else training.weights.to(device)
+        if self.found is None or self.batch < max(self.sizes):
+            self.found = self._rows(step)
+        return self.found
+
+    def _rows(self, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        device = self.training.data.device
         rows = [self._row(j, step) for j in range(len(self.sizes))]
         width = max(len(row) for row in rows)
         if all(len(row) == width for row in rows):

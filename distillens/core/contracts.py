@@ -75,6 +75,9 @@ class Stackable(Protocol):
     ) -> tuple[torch.Tensor, Buffers]:
         """Logits [m, n, k] of m networks with parameters [m, ...]: on images [n, c, h, w] that all see, or [m, n, c, h, w]."""
 
+    def same_in_company(self, like: Like, kernels: str) -> bool:
+        """Whether on such images, by these kernels, each of many is trained to the bit as it is alone."""
+
 
 def logits_of_many(
     net: Net, params: Params, buffers: Buffers, x: torch.Tensor, mode: Mode = "evaluate"

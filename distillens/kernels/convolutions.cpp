@@ -6,7 +6,7 @@
 //
 // The 16 places of a tile (xi) are 16 matrix products over channels. The gradient in a filter is the transpose of the same
 // lines: G' [ (A dy A') * (B' d B) ] G, summed over tiles. Work is cut into blocks by what is convolved alone, and sums over
-// blocks are taken in slices of their own: the number of threads changes no bit.
+// blocks are taken in slices of their own: neither the number of threads nor the other groups change a bit.
 
 #include <algorithm>
 #include <cstdint>
@@ -356,46 +356,53 @@ template <int N, bool SQUARE>
 void weights(const Work<N, SQUARE>& of, const float* x, const float* gy, float* gw) {
     using U = Unit<N, SQUARE>;
     const int64_t columns = (of.inputs + PAIR - 1) / PAIR * PAIR, size = 16 * of.outputs * columns;
-    const int64_t slices = of.groups >= SLICES ? 1 : std::min(SLICES, (of.blocks + 3) / 4);
-    float* sums = slices == 1 ? nullptr : scratch(3, of.groups * slices * size);
+    const int64_t slices = std::min(SLICES, (of.blocks + 3) / 4);
+    auto one = [&](int64_t g, int64_t s, float* sum) {
+        float* v = scratch(0, 16 * 4 * of.wide);  // of four channels
+        float* d = scratch(1, 16 * of.out);
+        float* t = scratch(2, 16 * columns * of.wide);  // v of all, turned: [xi][c / PAIR][tile][c % PAIR]
+        std::memset(sum, 0, size * sizeof(float));
+        for (int64_t b = of.blocks * s / slices; b < of.blocks * (s + 1) / slices; ++b) {
+            const int64_t tiles = of.inside(b) * N;
+            for (int64_t c = 0; c < of.inputs; c += 4) {
+                for (int64_t e = 0; e < 4; ++e)
+                    of.each(b, of.inputs, g * of.inputs + c + e, [&](int64_t k, int64_t at, int64_t row) {
+                        U::split(x + at, of.height, row, v + e * of.wide + k * N, 4 * of.wide);
+                    });
+                for (int64_t xi = 0; xi < 16; ++xi) {
+                    float* to = t + (xi * columns + c / PAIR * PAIR) * of.wide + c % PAIR;
+                    for (int64_t k = 0; k < tiles; k += 4) turn(v + xi * 4 * of.wide + k, of.wide, to + k * PAIR, PAIR);
+                }
+            }
+            for (int64_t o = 0; o < of.outputs; ++o)
+                of.each(b, of.outputs, g * of.outputs + o, [&](int64_t k, int64_t at, int64_t row) {
+                    U::spread(gy + at, row, d + o * of.wide + k * N, of.out);
+                });
+            for (int64_t xi = 0; xi < 16; ++xi)
+                for (int64_t n = 0; n < columns; n += PAIR)
+                    column<2, true>(of.outputs, tiles, d + xi * of.out, 1, of.wide, MR * of.wide,
+                                    t + (xi * columns + n) * of.wide, PAIR, sum + xi * of.outputs * columns + n, columns);
+        }
+    };
+    auto finished = [&](int64_t g, float* sums) {  // the slices of a group, in their order whoever took them
+        for (int64_t s = 1; s < slices; ++s)
+            for (int64_t i = 0; i < size; ++i) sums[i] += sums[s * size + i];
+        filtered(sums, gw + g * of.outputs * of.inputs * 9, of.outputs, of.inputs, columns);
+    };
+    if (of.groups >= SLICES) {  // a group's sums stay where they are used
+#pragma omp parallel for
+        for (int64_t g = 0; g < of.groups; ++g) {
+            float* sums = scratch(4, slices * size);
+            for (int64_t s = 0; s < slices; ++s) one(g, s, sums + s * size);
+            finished(g, sums);
+        }
+        return;
+    }
+    float* sums = scratch(3, of.groups * slices * size);
 #pragma omp parallel for collapse(2) if (of.groups * slices > 1)
     for (int64_t g = 0; g < of.groups; ++g)
-        for (int64_t s = 0; s < slices; ++s) {
-            float* v = scratch(0, 16 * 4 * of.wide);  // of four channels
-            float* d = scratch(1, 16 * of.out);
-            float* t = scratch(2, 16 * columns * of.wide);  // v of all, turned: [xi][c / PAIR][tile][c % PAIR]
-            float* sum = slices == 1 ? scratch(4, size) : sums + (g * slices + s) * size;
-            std::memset(sum, 0, size * sizeof(float));
-            for (int64_t b = of.blocks * s / slices; b < of.blocks * (s + 1) / slices; ++b) {
-                const int64_t tiles = of.inside(b) * N;
-                for (int64_t c = 0; c < of.inputs; c += 4) {
-                    for (int64_t e = 0; e < 4; ++e)
-                        of.each(b, of.inputs, g * of.inputs + c + e, [&](int64_t k, int64_t at, int64_t row) {
-                            U::split(x + at, of.height, row, v + e * of.wide + k * N, 4 * of.wide);
-                        });
-                    for (int64_t xi = 0; xi < 16; ++xi) {
-                        float* to = t + (xi * columns + c / PAIR * PAIR) * of.wide + c % PAIR;
-                        for (int64_t k = 0; k < tiles; k += 4) turn(v + xi * 4 * of.wide + k, of.wide, to + k * PAIR, PAIR);
-                    }
-                }
-                for (int64_t o = 0; o < of.outputs; ++o)
-                    of.each(b, of.outputs, g * of.outputs + o, [&](int64_t k, int64_t at, int64_t row) {
-                        U::spread(gy + at, row, d + o * of.wide + k * N, of.out);
-                    });
-                for (int64_t xi = 0; xi < 16; ++xi)
-                    for (int64_t n = 0; n < columns; n += PAIR)
-                        column<2, true>(of.outputs, tiles, d + xi * of.out, 1, of.wide, MR * of.wide,
-                                        t + (xi * columns + n) * of.wide, PAIR, sum + xi * of.outputs * columns + n, columns);
-            }
-            if (slices == 1) filtered(sum, gw + g * of.outputs * of.inputs * 9, of.outputs, of.inputs, columns);
-        }
-    if (slices == 1) return;
-    for (int64_t g = 0; g < of.groups; ++g) {
-        float* total = sums + g * slices * size;
-        for (int64_t s = 1; s < slices; ++s)
-            for (int64_t i = 0; i < size; ++i) total[i] += total[s * size + i];
-        filtered(total, gw + g * of.outputs * of.inputs * 9, of.outputs, of.inputs, columns);
-    }
+        for (int64_t s = 0; s < slices; ++s) one(g, s, sums + (g * slices + s) * size);
+    for (int64_t g = 0; g < of.groups; ++g) finished(g, sums + g * slices * size);
 }
 
 // A convolution of few channels, in pieces of some rows of the result: whole vectors.

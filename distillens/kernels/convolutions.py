@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from distillens.kernels import compiled
+from distillens.kernels import compiled, planes
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 WIDTHS = (8, 16, 32)  # of planes whose rows of tiles are whole vectors; planes of 4 x 4 are one
@@ -33,7 +33,14 @@ def fit(x: torch.Tensor, weight: torch.Tensor, padding: int) -> bool:
         return False
     h, w = x.shape[-2:]
     inputs = weight.shape[1]
-    outputs = len(weight) * inputs // x.shape[1]
+    return take(inputs, len(weight) * inputs // x.shape[1], h, w, padding)
+
+
+def take(inputs: int, outputs: int, h: int, w: int, padding: int) -> bool:
+    """Whether the kernels take a group of so many channels, in and out, on images of h x w.
+
+    What they find for one group depends on no other.
+    """
     if outputs % PANEL:
         return False
     if inputs <= FEW:
@@ -121,7 +128,7 @@ def block_slope(
     found = x.new_empty(groups * outputs, inputs, 3, 3)
     tensors = (g, x, z, gamma, beta, means, rstds, ggamma, gbeta, found)
     _call("few_slope_float32", tensors, n, groups, inputs, outputs, h, w, padding)
-    return found, ggamma.sum(0), gbeta.sum(0)
+    return found, planes.added(ggamma), planes.added(gbeta)
 
 
 def _call(name: str, tensors: tuple[torch.Tensor | None, ...], *more: float) -> None:

@@ -251,6 +251,18 @@ template <class T, int H, int W> struct Planes {
     }
 };
 
+// Rows of all images added up, channel by channel: however many channels stand beside one, in the same order.
+template <class A> void added(const A* rows, A* total, int64_t images, int64_t channels) {
+    constexpr int64_t PIECE = 64;
+    for (int64_t first = 0; first < channels; first += PIECE) {
+        const int64_t count = std::min(PIECE, channels - first);
+        double sum[PIECE] = {};
+        for (int64_t n = 0; n < images; ++n)
+            for (int64_t c = 0; c < count; ++c) sum[c] += rows[n * channels + first + c];
+        for (int64_t c = 0; c < count; ++c) total[first + c] = static_cast<A>(sum[c]);
+    }
+}
+
 }  // namespace
 
 #define SIZES(T, CALL)                                       \
@@ -275,6 +287,13 @@ template <class T, int H, int W> struct Planes {
                                  int64_t rows, int64_t channels, int64_t h, int64_t w) {                              \
         SIZES(T, twice(v, vgamma, vbeta, g, z, gamma, beta, means, rstds, sg, sz, sgamma, rows, channels, h, w))      \
     }
+
+extern "C" void added_float32(const float* rows, float* total, int64_t images, int64_t channels) {
+    added(rows, total, images, channels);
+}
+extern "C" void added_float64(const double* rows, double* total, int64_t images, int64_t channels) {
+    added(rows, total, images, channels);
+}
 
 EXPORT(float32, float, float)
 EXPORT(float64, double, double)

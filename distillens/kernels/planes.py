@@ -54,7 +54,7 @@ def backward(
     gz = torch.empty_like(z)
     ggamma, gbeta = gamma.new_empty(n, c), gamma.new_empty(n, c)
     _call("backward", z, (g, z, gamma, beta, means, rstds, gz, ggamma, gbeta))
-    return gz, ggamma.sum(0), gbeta.sum(0)
+    return gz, added(ggamma), added(gbeta)
 
 
 def twice(
@@ -72,7 +72,15 @@ def twice(
     n, c = z.shape[:2]
     sg, sz, sgamma = torch.empty_like(g), torch.empty_like(z), gamma.new_empty(n, c)
     _call("twice", z, (v, vgamma, vbeta, g, z, gamma, beta, means, rstds, sg, sz, sgamma))
-    return sg, sz, sgamma.sum(0)
+    return sg, sz, added(sgamma)
+
+
+def added(rows: torch.Tensor) -> torch.Tensor:
+    """The sum [c] of ``rows`` [n, c] over images. PyTorch's takes another order where other channels stand beside one."""
+    total = rows.new_empty(rows.shape[1])
+    function = compiled.function(SOURCE, f"added_{_KINDS[rows.dtype]}", 2, 2)
+    function(rows.data_ptr(), total.data_ptr(), *rows.shape)
+    return total
 
 
 def _call(name: str, z: torch.Tensor, tensors: tuple[torch.Tensor, ...], *more: float) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from distillens.core.checks import UserError, at_least, one_of
 from distillens.core.contracts import Buffers, Like, Mode, Params
 from distillens.core.rng import Key
-from distillens.kernels import block, entering
+from distillens.kernels import block, convolutions, entering
 from distillens.kernels.conv_block import average_pool
 from distillens.nets._layers import Norm, Pass, fresh_norm, uniform
 
@@ -111,6 +111,18 @@ class ConvNet:
         features = x.reshape(len(x), m, -1).transpose(0, 1)
         logits = torch.baddbmm(params["linear.bias"][:, None], features, params["linear.weight"].mT)
         return logits, {name: value.view(m, -1) for name, value in passing.after().items()}
+
+    def same_in_company(self, like: Like, kernels: str) -> bool:
+        """Where all blocks are by our own kernels, which take each group of channels for itself."""
+        if kernels != "winograd" or self.norm != "group" or self.pooling != "average":
+            return False
+        inputs, h, w = like.shape
+        for place in range(self.depth):
+            padding = self._padding(min(h, w)) if place == 0 else 1
+            if not convolutions.take(inputs, self.width, h, w, padding):
+                return False
+            inputs, h, w = self.width, (h + 2 * padding - 2) // 2, (w + 2 * padding - 2) // 2
+        return True
 
     def _hidden(self, x: torch.Tensor, passing: Pass, first: int) -> torch.Tensor:
         """The last block [n, models * width, h', w'], in the precision of the parameters.

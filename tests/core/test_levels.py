@@ -29,6 +29,7 @@ LEVELS = {
     "formats": 2,
     "engine": 1,
     "train": 2,
+    "stacks": 2,
     "unroll": 2,
     "cost": 2,
     "forecast": 2,
