@@ -127,13 +127,13 @@ def _conv_back(
     wanted: tuple[bool, bool],
 ) -> tuple[Any, Any]:
     """The gradient in x and w, where wanted. In the bias it is nothing: the norm takes a channel's mean away."""
-    kind, taken = g.dtype, _multiplied(g)
-    g, x, w = g.to(taken), x.to(taken), w.to(taken)
     if fewer and convolutions.fit(x, w, padding):
         return (
-            convolutions.back(g, w, padding, groups).to(kind) if wanted[0] else None,
-            convolutions.in_weight(x, g, padding, groups).to(kind) if wanted[1] else None,
+            convolutions.back(g, w, padding, groups) if wanted[0] else None,
+            convolutions.in_weight(x, g, padding, groups) if wanted[1] else None,
         )
+    kind, taken = g.dtype, _multiplied(g)
+    g, x, w = g.to(taken), x.to(taken), w.to(taken)
     gx = None
     if wanted[0] and groups == 1 and x.shape[1] <= FEW:
         # Colours are fewer than the lanes of a vector: the library is slow at them, a product is not (2 to 4 times).

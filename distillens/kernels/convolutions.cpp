@@ -260,7 +260,7 @@ void filters(const float* w, float* u, int64_t outputs, int64_t inputs, bool tur
 template <int N, bool SQUARE> struct Work {
     int64_t images, groups, inputs, outputs, height;
     int64_t plane = height * Unit<N, SQUARE>::WIDTH, rows = SQUARE ? 1 : height / 2;
-    int64_t units = SQUARE ? (images + 1) / 2 : images * rows, block = 4 * NR * LANES / N, blocks = (units + block - 1) / block;
+    int64_t units = SQUARE ? (images + 1) / 2 : images * rows, block = 2 * NR * LANES / N, blocks = (units + block - 1) / block;
     int64_t wide = block * N;
     // Apart by more than a block, or the 16 places of a tile would fall on the same few lines of the cache.
     int64_t in = inputs * wide + 16, out = outputs * wide + 16;
@@ -356,7 +356,7 @@ template <int N, bool SQUARE>
 void weights(const Work<N, SQUARE>& of, const float* x, const float* gy, float* gw) {
     using U = Unit<N, SQUARE>;
     const int64_t columns = (of.inputs + PAIR - 1) / PAIR * PAIR, size = 16 * of.outputs * columns;
-    const int64_t slices = std::min(SLICES, (of.blocks + 3) / 4);
+    const int64_t slices = std::min(SLICES, (of.blocks + 7) / 8);
     auto one = [&](int64_t g, int64_t s, float* sum) {
         float* v = scratch(0, 16 * 4 * of.wide);  // of four channels
         float* d = scratch(1, 16 * of.out);

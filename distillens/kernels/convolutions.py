@@ -10,6 +10,7 @@ Source: Winograd 1980; Lavin & Gray 2016 (F(2 x 2, 3 x 3)). The gradient in the 
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -29,13 +30,14 @@ def available() -> bool:
 
 def fit(x: torch.Tensor, weight: torch.Tensor, padding: int) -> bool:
     """Whether the kernels take a convolution of images [n, c, h, w] by ``weight`` [o, c / groups, 3, 3], and its gradient in the weight."""
-    if not (x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and len(x) > 0):
+    if not (x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"):
         return False
-    h, w = x.shape[-2:]
-    inputs = weight.shape[1]
-    return take(inputs, len(weight) * inputs // x.shape[1], h, w, padding)
+    n, channels, h, w = x.shape
+    outputs, inputs = weight.shape[:2]
+    return n > 0 and take(inputs, outputs * inputs // channels, h, w, padding)
 
 
+@cache
 def take(inputs: int, outputs: int, h: int, w: int, padding: int) -> bool:
     """Whether the kernels take a group of so many channels, in and out, on images of h x w.
 
@@ -55,8 +57,8 @@ def convolve(
 ) -> torch.Tensor:
     """``torch.conv2d(x, weight, bias, padding=padding, groups=groups)``."""
     n, _, h, w = x.shape
-    inputs, outputs = weight.shape[1], len(weight) // groups
-    y = x.new_empty(n, len(weight), h + 2 * padding - 2, w + 2 * padding - 2)
+    inputs, outputs = weight.shape[1], weight.shape[0] // groups
+    y = x.new_empty(n, weight.shape[0], h + 2 * padding - 2, w + 2 * padding - 2)
     if inputs <= FEW:
         _call("few_convolve_float32", (x, weight, bias, y), n, groups, inputs, outputs, h, w, padding)
     else:
@@ -67,7 +69,7 @@ def convolve(
 def back(gradient: torch.Tensor, weight: torch.Tensor, padding: int, groups: int) -> torch.Tensor:
     """The gradient in x. Of many channels it is a convolution by the filters turned, from outputs to inputs."""
     n, _, h, w = gradient.shape
-    inputs, outputs = weight.shape[1], len(weight) // groups
+    inputs, outputs = weight.shape[1], weight.shape[0] // groups
     h, w = h + 2 - 2 * padding, w + 2 - 2 * padding
     found = gradient.new_empty(n, groups * inputs, h, w)
     if inputs <= FEW:
@@ -101,12 +103,12 @@ def block(
 ) -> tuple[torch.Tensor, ...]:
     """``convolve`` by a ``weight`` of few channels, then ``planes.forward``, image by image: z, and what that gives."""
     n, _, h, w = x.shape
-    inputs, outputs = weight.shape[1], len(weight) // groups
-    z = x.new_empty(n, len(weight), h + 2 * padding - 2, w + 2 * padding - 2)
-    y = x.new_empty(n, len(weight), z.shape[2] // 2, z.shape[3] // 2)
-    means, rstds = x.new_empty(n * len(weight)), x.new_empty(n * len(weight))
+    inputs, outputs = weight.shape[1], weight.shape[0] // groups
+    z = x.new_empty(n, weight.shape[0], h + 2 * padding - 2, w + 2 * padding - 2)
+    y = x.new_empty(n, weight.shape[0], z.shape[2] // 2, z.shape[3] // 2)
+    means, rstds = x.new_empty(n * weight.shape[0]), x.new_empty(n * weight.shape[0])
     tensors = (x, weight, bias, gamma, beta, z, y, means, rstds)
-    _call("few_block_float32", tensors, n, groups, inputs, outputs, h, w, padding, epsilon)
+    _call("few_block_float32", tensors, n, groups, inputs, outputs, h, w, padding, numbers=(epsilon,))
     return z, y, means, rstds
 
 
@@ -131,9 +133,10 @@ def block_slope(
     return found, planes.added(ggamma), planes.added(gbeta)
 
 
-def _call(name: str, tensors: tuple[torch.Tensor | None, ...], *more: float) -> None:
-    """Give the last of the tensors what a function of the library finds from the others: sizes, then numbers."""
+def _call(
+    name: str, tensors: tuple[torch.Tensor | None, ...], *sizes: int, numbers: tuple[float, ...] = ()
+) -> None:
+    """Give the last of the tensors what a function of the library finds from the others."""
     plain = [None if tensor is None else tensor.contiguous() for tensor in tensors]  # held until the end
     places = [None if tensor is None else tensor.data_ptr() for tensor in plain]
-    sizes = sum(isinstance(one, int) for one in more)
-    compiled.function(SOURCE, name, len(places), sizes, len(more) - sizes)(*places, *more)
+    compiled.function(SOURCE, name, len(places), len(sizes), len(numbers))(*places, *sizes, *numbers)
