@@ -1,9 +1,10 @@
-"""The two measurements that the engine's defaults rest on, as ratios within one run.
+"""The measurements that the engine's defaults rest on, as ratios within one run.
 
     python benchmarks/layout.py      # writes benchmarks/results/layout.json
 
 Pooling 8 x 8 images by a product against ``avg_pool2d``, forward and backward; training steps of models
-stacked eight at a time against one by one, at 10 and at 100 images a step. One thread, medians.
+stacked eight at a time against one by one, and networks on 25 sets of their own in stacks against each alone, at 10 and
+at 100 images a step. One thread, medians.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from distillens.engine.plan import Plan
 from distillens.engine.workers import pinned_threads, settle_process
 from distillens.kernels.conv_block import average_pool
 from distillens.nets.convnet import ConvNet
+from distillens.stacks import together, train_stack
 from distillens.train import Training, train_chunk
+from distillens.tuning import plan_for
 
 REPEATS = 15
 
@@ -70,6 +73,27 @@ def stacking(images: int) -> dict[str, float]:
     return ratio(one_by_one, lambda: train_chunk(training, plan))
 
 
+def sets(images: int) -> dict[str, float]:
+    real = load("digits")
+    net = ConvNet.defaults(real.train)
+    plan = plan_for(real.train, net, threads=1)
+    parts = [
+        Training(real.train.take(key.permutation(len(real.train))[:images]), net, Recipe(steps=5), (key,))
+        for key in Key(3).split(25)
+    ]
+    stacks = [[parts[i] for i in stack] for stack in together(parts, plan)]
+
+    def alone() -> None:
+        for part in parts:
+            train_chunk(part, plan)
+
+    def beside() -> None:
+        for stack in stacks:
+            train_stack(stack, plan)
+
+    return ratio(alone, beside)
+
+
 def main() -> None:
     settle_process()
     with pinned_threads(1):
@@ -77,6 +101,8 @@ def main() -> None:
             "pooling 8 x 8 by a product, over avg_pool2d": pooling(),
             "eight models stacked, over one by one, 10 images a step": stacking(10),
             "eight models stacked, over one by one, 100 images a step": stacking(100),
+            "25 sets in stacks, over each alone, 10 images a step": sets(10),
+            "25 sets in stacks, over each alone, 100 images a step": sets(100),
         }
     path = Path(__file__).parent / "results" / "layout.json"
     write_json(path, {"figures": figures, "environment": environment()})

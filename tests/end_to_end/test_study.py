@@ -62,6 +62,16 @@ def test_a_finished_study_does_nothing_and_says_so(distillens, small_study: Path
     assert settled(small_study) == before
 
 
+def test_one_worker_ends_in_the_bytes_of_two(
+    distillens, small_study: Path, small: list[str], tmp_path: Path
+) -> None:
+    alone = [*small]
+    alone[alone.index("--workers") + 1] = "1"
+    done = distillens("study", "--to", tmp_path / "alone", *alone)
+    assert done.returncode == 0, done.stderr
+    assert settled(tmp_path / "alone") == settled(small_study)
+
+
 def test_the_time_of_a_study_is_put_down_to_what_it_went_to(small_study: Path) -> None:
     took = json.loads((small_study / "timing.json").read_text())
     asked = json.loads((small_study / "study.json").read_text())["asked"]
