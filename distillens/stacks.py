@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from distillens.core.config import describe
-from distillens.core.contracts import Stackable
+from distillens.core.contracts import Unmoved
 from distillens.core.labels import Teacher
 from distillens.core.storage import fingerprint
 from distillens.engine.plan import Plan
@@ -24,7 +24,7 @@ def together(parts: Sequence[Training], plan: Plan, workers: int = 1) -> list[tu
     """Which chunks (``train.chunks``) train side by side, by their places; the others are alone.
 
     Alike are those of one network, recipe and number of images. A stack holds no more models than the plan says, and is no
-    more than one worker's share of the work.
+    more than about one worker's share of the work.
     """
     groups: dict[str, list[int]] = {}
     for i, part in enumerate(parts):
@@ -32,18 +32,22 @@ def together(parts: Sequence[Training], plan: Plan, workers: int = 1) -> list[tu
     share = sum(part.image_steps for part in parts) / workers
     stacks: list[tuple[int, ...]] = []
     for places in groups.values():
+        first = parts[places[0]]
         work = sum(parts[i].image_steps for i in places)
-        models = sum(len(parts[i].keys) for i in places)
-        most = plan.models_together(_batch(parts[places[0]]))
-        pieces = max(math.ceil(models / most), math.ceil(work / share) if share else 1)
-        # In equal parts by models, each where its middle lies.
-        cut: list[list[int]] = [[] for _ in range(pieces)]
-        before = 0
+        left = sum(len(parts[i].keys) for i in places)
+        most = plan.models_together(min(first.recipe.batch or first.sizes[0], first.sizes[0]))
+        pieces = max(math.ceil(left / most), math.ceil(work / share) if share else 1)
+        stack: list[int] = []
+        models = 0
         for i in places:
             count = len(parts[i].keys)
-            cut[int((before + count / 2) * pieces / models)].append(i)
-            before += count
-        stacks += [tuple(piece) for piece in cut if piece]
+            # In about equal stacks: a short last one would leave the other workers waiting for the long ones.
+            if stack and models + count > min(most, math.ceil(left / pieces)):
+                stacks.append(tuple(stack))
+                left, pieces, stack, models = left - models, max(1, pieces - 1), [], 0
+            stack.append(i)
+            models += count
+        stacks.append(tuple(stack))
     return stacks
 
 
@@ -68,25 +72,15 @@ def _kind(part: Training, plan: Plan) -> str | None:
     special = part.observe or part.order or recipe.cutmix or recipe.rho or isinstance(data.labels, Teacher)
     if special or part.weights is not None or plan.precision != "float32" or data.device.type != "cpu":
         return None
-    if not (isinstance(net, Stackable) and net.same_in_company(data, plan.kernels)):
+    if not (isinstance(net, Unmoved) and net.same_in_company(data, plan.kernels)):
         return None
-    sizes = _sizes(part)
-    if len(set(sizes)) > 1:  # short batches are filled up to those beside them, and weighed
+    if len(set(part.sizes)) > 1:  # short batches are filled up to those beside them, and weighed
         return None
     return fingerprint(
-        [describe(net), describe(recipe), sizes[0], list(part.snapshots)],
+        [describe(net), describe(recipe), part.sizes[0], list(part.snapshots)],
         [list(data.classes), data.space.describe(), list(data.shape)],
         [data.labels.kind, data.labels.settings()],
     )
-
-
-def _sizes(part: Training) -> list[int]:
-    return [len(part.data)] * len(part.keys) if part.subsets is None else [len(s) for s in part.subsets]
-
-
-def _batch(part: Training) -> int:
-    size = _sizes(part)[0]
-    return min(part.recipe.batch or size, size)
 
 
 def _merged(parts: Sequence[Training]) -> Training:

@@ -134,13 +134,17 @@ class Training:
         return self.recipe.steps if self.order is None else len(self.order.lr)
 
     @property
+    def sizes(self) -> list[int]:
+        """How many images each model has to learn from."""
+        return [len(self.data)] * len(self.keys) if self.subsets is None else [len(s) for s in self.subsets]
+
+    @property
     def image_steps(self) -> int:
         """Images seen, summed over steps and models: the measure of the work. A look at two places counts twice."""
         if self.order is not None:
             return len(self.keys) * int((self.order.steps >= 0).sum())
         looks = 2 if self.recipe.rho else 1
-        sizes = [len(self.data)] * len(self.keys) if self.subsets is None else [len(s) for s in self.subsets]
-        return looks * self.steps * sum(min(size, self.recipe.batch or size) for size in sizes)
+        return looks * self.steps * sum(min(size, self.recipe.batch or size) for size in self.sizes)
 
     def models(self, start: int, stop: int) -> Training:
         """The training of the models from one to before another."""
@@ -303,8 +307,7 @@ def _cut(training: Training, plan: Plan) -> list[list[int]]:
     beside them, which nobody looks at: of subsets as they come that is nearly half of the work. A network that mixes
     images would mix those in: it shares a chunk with its like only.
     """
-    m, batch = len(training.keys), training.recipe.batch
-    sizes = [len(subset) for subset in training.subsets or ()] or [len(training.data)] * m
+    m, batch, sizes = len(training.keys), training.recipe.batch, training.sizes
     if len(set(sizes)) == 1:
         parts = -(-m // plan.models_together(min(batch or sizes[0], sizes[0])))
         return [part.tolist() for part in torch.arange(m).tensor_split(parts)]
@@ -503,7 +506,7 @@ class _Batches:
         n = len(training.data)
         every = torch.arange(n)
         self.members = training.subsets or tuple(every for _ in training.keys)
-        self.sizes = [len(members) for members in self.members]
+        self.sizes = training.sizes
         self.batch = training.recipe.batch or max(self.sizes)
         self.full = training.subsets is None and self.batch >= n
         self.passes: list[tuple[int, torch.Tensor] | None] = [None] * len(training.keys)

@@ -75,8 +75,13 @@ class Stackable(Protocol):
     ) -> tuple[torch.Tensor, Buffers]:
         """Logits [m, n, k] of m networks with parameters [m, ...]: on images [n, c, h, w] that all see, or [m, n, c, h, w]."""
 
+
+@runtime_checkable
+class Unmoved(Stackable, Protocol):
+    """A network of which each of many can be trained to the bit as it is alone."""
+
     def same_in_company(self, like: Like, kernels: str) -> bool:
-        """Whether on such images, by these kernels, each of many is trained to the bit as it is alone."""
+        """Whether it is so on such images, by these kernels."""
 
 
 def logits_of_many(

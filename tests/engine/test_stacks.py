@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,17 +34,20 @@ compiled = pytest.mark.skipif(
 )
 
 
-def labels(kind: type[Labels], n: int, key: Key) -> Labels:
-    values = key.fold("values").normal(n, CLASSES)
-    if kind is Hard:
-        return Hard(torch.arange(n) % CLASSES)
-    return kind(values.softmax(-1) if kind is Probabilities else values)  # type: ignore[call-arg]
+KINDS: dict[str, Callable[[torch.Tensor], Labels]] = {
+    "hard": lambda values: Hard(torch.arange(len(values)) % CLASSES),
+    "probabilities": lambda values: Probabilities(values.softmax(-1)),
+    "logits": lambda values: Logits(values),
+    "targets": lambda values: Targets(values),
+}
 
 
-def data(place: int, n: int, shape: tuple[int, int, int] = (1, 8, 8), kind: type[Labels] = Hard) -> Dataset:
+def data(place: int, n: int, shape: tuple[int, int, int] = (1, 8, 8), kind: str = "hard") -> Dataset:
     key = Key(3).fold("set", place)
     classes = tuple(map(str, range(CLASSES)))
-    return Dataset(key.normal(n, *shape), labels(kind, n, key), classes, Pixel())
+    return Dataset(
+        key.normal(n, *shape), KINDS[kind](key.fold("values").normal(n, CLASSES)), classes, Pixel()
+    )
 
 
 def trainings(
@@ -77,9 +80,9 @@ def test_bits_are_those_of_each_alone(count: int, n: int, batch: int | None) -> 
 
 
 CASES: dict[str, list[Training]] = {
-    "probabilities": trainings(9, 20, Recipe(steps=3), kind=Probabilities),
-    "logits": trainings(9, 20, Recipe(steps=3), kind=Logits),
-    "targets": trainings(9, 20, Recipe(steps=3, lr=0.001), kind=Targets),
+    "probabilities": trainings(9, 20, Recipe(steps=3), kind="probabilities"),
+    "logits": trainings(9, 20, Recipe(steps=3), kind="logits"),
+    "targets": trainings(9, 20, Recipe(steps=3, lr=0.001), kind="targets"),
     "adam": trainings(9, 20, Recipe(steps=3, optimiser="adam", weight_decay=0.01)),
     "adamw": trainings(3, 20, Recipe(steps=3, optimiser="adamw", schedule="cosine")),
     "augmented": trainings(9, 20, Recipe(steps=3, augment="color_crop_cutout_flip_scale_rotate")),
@@ -126,7 +129,7 @@ LONELY: dict[str, Training] = {
     "size": trainings(1, 21, Recipe(steps=2))[0],
     "network": alone(net=ConvNet(depth=2, width=16)),
     "snapshots": alone(snapshots=(1,)),
-    "labels": trainings(1, 20, Recipe(steps=2), kind=Probabilities)[0],
+    "labels": trainings(1, 20, Recipe(steps=2), kind="probabilities")[0],
     "units": alone(data=replace(ONE.data, space=Standardised((0.5,), (0.5,)))),
 }
 
@@ -177,7 +180,7 @@ def test_other_kernels_and_precisions_promise_nothing(plan: Plan) -> None:
 def test_a_stack_holds_what_the_plan_says_and_a_workers_share() -> None:
     parts = trainings(10, 20, Recipe(steps=2))
     sizes = [len(stack) for stack in together(parts, replace(PLAN, chunk=4))]
-    assert sizes == [3, 4, 3]
+    assert sizes == [4, 3, 3]
     assert [len(stack) for stack in together(parts, replace(PLAN, images=100))] == [5, 5]
     assert [len(stack) for stack in together(parts, PLAN, workers=2)] == [5, 5]
     assert [len(stack) for stack in together(parts, PLAN, workers=64)] == [1] * 10
@@ -186,6 +189,11 @@ def test_a_stack_holds_what_the_plan_says_and_a_workers_share() -> None:
     more = [*parts[:3], *trainings(8, 200, Recipe(steps=2))]
     assert together(more, PLAN, workers=4)[0] == (0, 1, 2)
     assert together([], PLAN) == []
+    # Of chunks that two of are too much, and one of which is more than the plan would cut.
+    large = trainings(3, 20, Recipe(steps=2), models=20)
+    assert [len(stack) for stack in together(large, PLAN)] == [1, 1, 1]
+    assert [len(stack) for stack in together(large, replace(PLAN, chunk=8))] == [1, 1, 1]
+    assert [len(stack) for stack in together(large, replace(PLAN, chunk=40))] == [1, 2]
 
 
 @compiled
