@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,9 @@ def same(found: Sequence[Population], parts: Sequence[Training], plan: Plan = PL
 @compiled
 # Below and above the eight groups from which the kernels share their work out otherwise.
 @pytest.mark.parametrize("count", [2, 3, 7, 8, 9, 13])
-@pytest.mark.parametrize(("n", "batch"), [(10, None), (37, None), (100, None), (110, 100), (120, 50)])
+@pytest.mark.parametrize(
+    ("n", "batch"), [(10, None), (37, None), (100, None), (110, 100), (120, 50), (450, None)]
+)
 def test_bits_are_those_of_each_alone(count: int, n: int, batch: int | None) -> None:
     parts = trainings(count, n, Recipe(steps=4, lr=0.05, batch=batch))
     assert together(parts, PLAN) == [tuple(range(count))]
@@ -155,6 +157,7 @@ BY_THEMSELVES: dict[str, Training] = {
     "batch norm": alone(net=ConvNet(depth=2, width=32, norm="batch")),
     "largest of each": alone(net=ConvNet(depth=2, width=32, pooling="max")),
     "odd channels": alone(net=ConvNet(depth=2, width=20)),
+    "later planes": alone(net=ConvNet(depth=3, width=32)),
     "another network": alone(net=named("mlp", ONE.data)),
     "odd planes": trainings(1, 20, Recipe(steps=2), shape=(1, 8, 12))[0],
     "subsets of two sizes": replace(ONE, keys=Key(1).split(2), subsets=(torch.arange(9), torch.arange(10))),
@@ -227,3 +230,16 @@ def test_the_store_ends_in_the_same_bytes_whatever_was_missing(tmp_path: Path) -
     assert len(stored("at once")) == len(asked)
     for other in ("one by one", "in parts", "by two workers"):
         assert stored(other) == stored("at once")
+
+
+@compiled
+def test_long_stacks_go_first(tmp_path: Path) -> None:
+    class Watched(Engine):
+        def map(self, function: Any, jobs: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+            self.work = [sum(part.image_steps for part in parts) for parts, _ in jobs]
+            return super().map(function, jobs)
+
+    engine = Watched()
+    short, long = trainings(2, 10, Recipe(steps=2)), trainings(2, 40, Recipe(steps=2))
+    Runs(PLAN, engine, folder=tmp_path).make([short[0], long[0], short[1], long[1]])
+    assert engine.work == [160, 40]
