@@ -17,6 +17,7 @@ from distillens.core.checks import UserError
 if TYPE_CHECKING:
     import torch
 
+ALIGNED = 64  # bytes: where what PyTorch computes begins, and the numbers of a file of ours
 _DISK_ERRORS = {
     errno.ENOSPC: "the disk is full: free some space and run the command again, it goes on where it stopped",
     errno.EDQUOT: "the disk quota is used up: free some space and run the command again",
@@ -148,7 +149,15 @@ def write_tensors(
 
     # Views of one memory are refused by the format: each tensor gets its own.
     whole = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    write_bytes(path, save(whole, dict(metadata or {})))
+    data = memoryview(save(whole, dict(metadata or {})))
+    end = 8 + int.from_bytes(data[:8], "little")
+    _write(path, [*_head(bytes(data[8:end])), data[end:]])
+
+
+def _head(header: bytes) -> tuple[bytes, bytes]:
+    """The length of a safetensors header and the header, so filled up that the numbers begin at a multiple of ``ALIGNED``."""
+    header += b" " * (-(8 + len(header)) % ALIGNED)
+    return len(header).to_bytes(8, "little"), header
 
 
 def write_pieces(
@@ -165,10 +174,9 @@ def write_pieces(
     size = 4 * math.prod(shape)
     about = {"dtype": "F32", "shape": list(shape), "data_offsets": [0, size]}
     header = json.dumps({"__metadata__": dict(metadata), name: about}, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # the format starts its numbers at a multiple of 8
 
     def everything() -> Iterator[bytes | memoryview]:
-        yield len(header).to_bytes(8, "little") + header
+        yield from _head(header)
         written = 0
         for piece in pieces:
             data = piece.numpy().data.cast("B")
@@ -183,11 +191,15 @@ def write_pieces(
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors and the metadata in a safetensors file; nothing in it can run.
 
+    Each in memory of its own, as what was computed is: libraries take numbers that lie elsewhere in another order, and a run that
+    was stopped would go on in other last bits.
+
     Raises:
         UserError: there is no such file, or it is damaged.
     """
     with _opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        return tensors, dict(file.metadata() or {})
 
 
 def read_header(path: Path, name: str) -> tuple[str, tuple[int, ...], dict[str, str]]:

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from distillens.core.checks import UserError
 from distillens.core.storage import (
+    ALIGNED,
     fingerprint,
     read_header,
     read_json,
@@ -139,6 +140,23 @@ def test_tensors_come_back_bit_by_bit(tmp_path: Path) -> None:
     for name, tensor in TENSORS.items():
         assert tensors[name].dtype == tensor.dtype
         torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=0, equal_nan=True)
+
+
+def test_what_is_read_lies_in_memory_as_what_is_computed(tmp_path: Path) -> None:
+    # Of sizes after which the next would begin anywhere; a library's sums follow the place of the numbers.
+    written = {str(n): torch.arange(float(n)) for n in (1, 3, 7, 50)}
+    write_tensors(tmp_path / "ours", written)
+    save_file(written, tmp_path / "theirs")
+    for name in ("ours", "theirs"):
+        assert all(t.data_ptr() % ALIGNED == 0 for t in read_tensors(tmp_path / name)[0].values())
+
+
+@pytest.mark.parametrize("length", range(0, 70, 3))
+def test_the_numbers_of_a_file_begin_where_a_map_of_it_is_aligned(tmp_path: Path, length: int) -> None:
+    write_tensors(tmp_path / "file", {"a": torch.ones(5)}, {"about": "x" * length})
+    head = int.from_bytes((tmp_path / "file").read_bytes()[:8], "little")
+    assert (8 + head) % ALIGNED == 0
+    assert torch.equal(load_file(tmp_path / "file")["a"], torch.ones(5))
 
 
 def test_no_metadata_is_an_empty_mapping(tmp_path: Path) -> None:
