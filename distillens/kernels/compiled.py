@@ -66,7 +66,7 @@ def function(source: Path, name: str, pointers: int, sizes: int, numbers: int = 
 def _compiled(compiler: str, source: Path) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
     # A source may include its neighbours.
-    sources = b"".join(one.read_bytes() for one in sorted(source.parent.glob("*.cpp")))
+    sources = b"".join(one.read_bytes() for one in sorted(source.parent.glob("*.[ch]*")))
     parts = (sources, " ".join(FLAGS).encode(), version, processor().encode())
     name = f"{source.stem}-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:32]}.so"
     path = folder() / name
