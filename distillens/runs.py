@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -100,7 +101,13 @@ class Runs:
         parts = list(self._missing(requests))
         jobs = [part.training if isinstance(part, Experts) else part for part in parts]
         total = sum(len(job.keys) for job in jobs)
-        stacks = together(jobs, self.plan, self.engine.workers)
+        shorter = _on_the_way(jobs)
+        waiting = {i for those in shorter.values() for i in those}
+        apart = [i for i in range(len(jobs)) if i not in waiting]
+        stacks = [
+            tuple(apart[place] for place in stack)
+            for stack in together([jobs[i] for i in apart], self.plan, self.engine.workers)
+        ]
         # Long ones first: the workers end together.
         stacks.sort(key=lambda stack: -sum(jobs[i].image_steps for i in stack))
         done = 0
@@ -110,6 +117,9 @@ class Runs:
                 self._save(parts[i], population)
                 self.trained.update(jobs[i].identities())
                 done += len(jobs[i].keys)
+                for j in shorter.get(i, ()):
+                    self._save(parts[j], population.ended(jobs[j].steps, jobs[j].snapshots))
+                    done += len(jobs[j].keys)
             if report is not None:
                 report(done, total)
         if parts:
@@ -241,6 +251,27 @@ class Runs:
             if path not in self._used:
                 path.unlink(missing_ok=True)
                 total -= size
+
+
+def _on_the_way(jobs: Sequence[Training]) -> dict[int, list[int]]:
+    """For trainings, by their places, those that are but a moment of it, which it keeps: nobody has to train these.
+
+    Alike in all but their count of steps, on which nothing else depends. What a network keeps beside its parameters (running
+    means) it has at the end alone.
+    """
+    alike: dict[str, list[int]] = {}
+    for i, job in enumerate(jobs):
+        if job.recipe.schedule == "constant" and job.order is None and job.observe is None:
+            same = replace(job, recipe=job.recipe.but(steps=0), snapshots=())
+            alike.setdefault(same.fingerprint, []).append(i)
+    found: dict[int, list[int]] = {}
+    for places in alike.values():
+        longest = max(places, key=lambda i: jobs[i].steps)
+        kept = set(jobs[longest].snapshots)
+        those = [i for i in places if i != longest and {jobs[i].steps, *jobs[i].snapshots} <= kept]
+        if those and not jobs[longest].net.init(jobs[longest].data, jobs[longest].keys[0])[1]:
+            found[longest] = those
+    return found
 
 
 def _is_whole(path: Path, shape: tuple[int, int, int]) -> bool:

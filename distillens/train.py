@@ -203,6 +203,14 @@ class Population:
         """The parameters [m, P] after ``moment`` steps."""
         return self.snapshots[:, self.moments.index(moment)]
 
+    def ended(self, step: int, snapshots: Sequence[int]) -> Population:
+        """What a training that ends at the moment ``step`` of this one leaves, with some of the moments before."""
+        moments = tuple(sorted(set(snapshots)))
+        places = [self.moments.index(moment) for moment in moments]
+        return replace(
+            self, final=self.at(step).clone(), moments=moments, snapshots=self.snapshots[:, places].clone()
+        )
+
     def logits(self, data: Dataset, flat: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [m, n, k] of the final models, or of the parameters ``flat`` [m, P].
 

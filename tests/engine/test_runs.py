@@ -244,6 +244,62 @@ def test_buffers_come_back(place: Path | None) -> None:
     assert same(found, train(asked, PLAN))
 
 
+# ---- what is a moment of another ----
+
+
+def lasting(steps: int, *snapshots: int, **other: object) -> Training:
+    """A training of so many steps, nothing watched."""
+    changed = training(0).recipe.but(steps=steps, **other)
+    return replace(training(0), recipe=changed, snapshots=snapshots, observe=None)
+
+
+def test_a_moment_that_a_longer_training_keeps_is_not_trained(place: Path | None) -> None:
+    asked = [lasting(4), lasting(6, 2, 4, 6), lasting(6, 4), lasting(2, 2)]
+    told: list[tuple[int, int]] = []
+    runs = Runs(PLAN, folder=place)
+    runs.make(asked, report=lambda done, total: told.append((done, total)))
+    assert runs.trained == dict.fromkeys(asked[1].identities(), 1)
+    assert told[-1] == (20, 20)
+    found = runs.get(*asked)
+    assert all(same(one, train(wanted, PLAN)) for one, wanted in zip(found, asked, strict=True))
+    assert sum(runs.trained.values()) == MODELS
+
+
+def test_read_off_or_trained_the_bytes_are_the_same(tmp_path: Path) -> None:
+    asked = [lasting(4, 0, 4), lasting(6, 0, 4)]
+    Runs(PLAN, folder=tmp_path / "together").make(asked)
+    for one in asked:
+        Runs(PLAN, folder=tmp_path / "apart").make([one])
+    assert files(tmp_path / "together") == files(tmp_path / "apart")
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        pytest.param((lasting(4), lasting(6, 2)), id="a moment that is not kept"),
+        pytest.param((lasting(4, 1), lasting(6, 4)), id="a snapshot that is not kept"),
+        pytest.param((lasting(4), lasting(6, 4, batch=4)), id="another batch"),
+        pytest.param((lasting(4), lasting(6, 4).some([1, 0, 2, 3, 4])), id="other keys"),
+        pytest.param(
+            (lasting(4, schedule="cosine"), lasting(6, 4, schedule="cosine")), id="a rate that knows the end"
+        ),
+        pytest.param(
+            tuple(replace(lasting(n, *at), net=BatchNorm()) for n, at in ((4, ()), (6, (4,)))),
+            id="running means",
+        ),
+        pytest.param(
+            tuple(replace(lasting(n, *at), observe=training().observe) for n, at in ((4, ()), (6, (4,)))),
+            id="watched",
+        ),
+    ],
+)
+def test_what_is_more_than_a_moment_is_trained(pair: tuple[Training, Training]) -> None:
+    runs = Runs(Plan("stacked", MODELS))
+    found = runs.get(*pair)
+    assert sum(runs.trained.values()) == 2 * MODELS
+    assert all(same(one, train(wanted, runs.plan)) for one, wanted in zip(found, pair, strict=True))
+
+
 # ---- the bound on the store ----
 
 
