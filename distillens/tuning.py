@@ -6,7 +6,6 @@ processor, the versions, the images and the network, so that the same command ta
 
 from __future__ import annotations
 
-import math
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -25,14 +24,17 @@ from distillens.core.recipe import Recipe
 from distillens.core.rng import Key
 from distillens.core.storage import fingerprint, read_json, write_json
 from distillens.engine.plan import Plan, Precision, cores
-from distillens.kernels import compiled, convolutions, planes
+from distillens.kernels import compiled
 from distillens.train import Training, train_chunk
 
 BATCHES = (10, 100)  # images a step that the field's small sets come in: 1 and 10 a class
 STACKS = (1, 2, 4, 8, 16, 32)
 STACK_PIXELS = 1 << 16  # of a model's step: more fill the caches alone, and a stack of them only takes memory
-ENOUGH = 1.05  # a smaller stack is taken unless a larger is faster by more
-BUDGET = 0.4  # seconds for one candidate
+FEW = 4  # models in a stack by which kernels are compared
+ENOUGH = 1.02  # a smaller stack is taken unless a larger is faster by more
+TOO_SLOW = 1.3  # times as slow as the fastest, and a stack has left the caches: larger ones are not tried
+ROUNDS = 9  # in which candidates are timed in turn, so that what else the machine does strikes all alike
+BUDGET = 3.0  # seconds after which there is no further round
 GAIN = 1.2  # times as fast as float32, or bfloat16 is not taken unasked
 SHOWN = 32  # the longest side of images on which bfloat16 is shown to train as well (docs/engine.md)
 
@@ -88,7 +90,7 @@ class _Asked:
         self.name = fingerprint(
             [version("distillens"), str(torch.__version__), compiled.processor(), cores()],
             [kernels.available(), list(like.shape), like.k, describe(net), threads, precision],
-            planes.SOURCE.read_bytes() + convolutions.SOURCE.read_bytes(),
+            compiled.sources(),
             Path(__file__).read_bytes(),
         )
 
@@ -127,38 +129,60 @@ def _kept(path: Path) -> tuple[Plan, float] | None:
 def _measure(asked: _Asked) -> tuple[Plan, float]:
     plan = Plan("loop", 1, 1, asked.threads, asked.precision)
     candidates = [replace(plan, kernels=each) for each in kernels.available()]
-    stacks = {one: {batch: _stack(asked, one, batch) for batch in BATCHES} for one in candidates}
-    # The two batches count alike: times are multiplied.
-    best = min(candidates, key=lambda one: math.prod(seconds for _, seconds in stacks[one].values()))
-    seconds = stacks[best][max(BATCHES)][1]
-    models = {batch: count for batch, (count, _) in stacks[best].items()}
+    totals = dict.fromkeys(candidates, 1.0)
+    for batch in BATCHES:  # which count alike: times are multiplied
+        found = _in_turn(asked, [(one, batch, min(FEW, _stacks(asked, batch)[-1])) for one in candidates])
+        totals = {one: total * each for (one, total), each in zip(totals.items(), found, strict=True)}
+    best = min(candidates, key=totals.__getitem__)
+    stacks = {batch: _stack(asked, best, batch) for batch in BATCHES}
+    seconds = stacks[max(BATCHES)][1]
+    models = {batch: count for batch, (count, _) in stacks.items()}
     if max(models.values()) == 1:
         return best, seconds
     images = max(batch * count for batch, count in models.items() if count > 1)
     return replace(best, layout="stacked", chunk=max(models.values()), images=images), seconds
 
 
+def _stacks(asked: _Asked, batch: int) -> list[int]:
+    """The stacks that are tried with so many images a step."""
+    fills = batch * asked.like.shape[1] * asked.like.shape[2] > STACK_PIXELS
+    return [1] if fills else list(STACKS)
+
+
 def _stack(asked: _Asked, plan: Plan, batch: int) -> tuple[int, float]:
-    """The smallest stack within a twentieth of the fastest, and its seconds a model."""
-    times: dict[int, float] = {}
-    for models in STACKS:
-        if models > 1 and batch * asked.like.shape[1] * asked.like.shape[2] > STACK_PIXELS:
-            break
-        stacked = replace(plan, layout="stacked", chunk=models, images=models * batch)
-        times[models] = _seconds(asked, stacked, batch, models) / models
-        if times[models] > 1.3 * min(times.values()):
-            break  # it has left the caches
+    """The smallest stack that is fast enough, and its seconds a model."""
+    sizes = _stacks(asked, batch)
+    times = dict(zip(sizes, _in_turn(asked, [(plan, batch, models) for models in sizes]), strict=False))
     return next((n, each) for n, each in times.items() if each <= ENOUGH * min(times.values()))
+
+
+def _in_turn(asked: _Asked, candidates: list[tuple[Plan, int, int]]) -> list[float]:
+    """Seconds a model of plans with so many images and models, the least disturbed of several rounds.
+
+    Of stacks that grow, those are left out that come after one which is too slow.
+    """
+    best: list[float] = []
+    begun = time.perf_counter()
+    for _ in range(ROUNDS):
+        for place, (plan, batch, models) in enumerate(candidates):
+            stacked = replace(plan, layout="stacked", chunk=models, images=models * batch)
+            each = _seconds(asked, stacked, batch, models) / models
+            if place == len(best):
+                best.append(each)
+                larger = models > candidates[0][2]
+                if larger and each > TOO_SLOW * min(best):
+                    candidates = candidates[: place + 1]
+                    break
+            best[place] = min(best[place], each)
+        if time.perf_counter() - begun > BUDGET:
+            break
+    return best
 
 
 def _seconds(asked: _Asked, plan: Plan, batch: int, models: int) -> float:
     """Seconds of a training step of so many models."""
     data = asked.like.take(torch.arange(batch) % len(asked.like))
     training = Training(data, asked.net, Recipe(steps=3), Key(1).split(models))
+    begun = time.perf_counter()
     train_chunk(training, plan)
-    times: list[float] = []
-    while len(times) < 9 and sum(times) < BUDGET:
-        begun = time.perf_counter()
-        train_chunk(training, plan)
-        times.append(time.perf_counter() - begun)
-    return min(times) / training.recipe.steps  # the least disturbed
+    return (time.perf_counter() - begun) / training.recipe.steps

@@ -65,9 +65,7 @@ def function(source: Path, name: str, pointers: int, sizes: int, numbers: int = 
 
 def _compiled(compiler: str, source: Path) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
-    # A source may include its neighbours.
-    sources = b"".join(one.read_bytes() for one in sorted(source.parent.glob("*.[ch]*")))
-    parts = (sources, " ".join(FLAGS).encode(), version, processor().encode())
+    parts = (sources(), " ".join(FLAGS).encode(), version, processor().encode())
     name = f"{source.stem}-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:32]}.so"
     path = folder() / name
     if not path.is_file():
@@ -77,6 +75,12 @@ def _compiled(compiler: str, source: Path) -> Path:
             subprocess.run(command, capture_output=True, check=True, timeout=300)
             made.replace(path)
     return path
+
+
+def sources() -> bytes:
+    """All that is compiled here: a source may include its neighbours."""
+    here = Path(__file__).parent
+    return b"".join(one.read_bytes() for one in sorted([*here.glob("*.cpp"), *here.glob("*.h")]))
 
 
 def processor() -> str:
