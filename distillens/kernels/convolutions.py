@@ -1,11 +1,12 @@
 """3 x 3 convolutions of our own: ``convolutions.cpp``, compiled on first use.
 
 PyTorch's are slow at the few colours of an image (a tenth of what the processor can, on some), and take every product. Ours are one
-matrix product where channels are few, and Winograd's minimal filtering where they are many: a tile of 2 x 2 results takes 16 products a
-channel instead of 36, and sums, of which there are few a product where there are many channels. Float32 throughout, with errors of
-the size of those of PyTorch's own (docs/engine.md).
+matrix product where channels are few. Where they are many, planes of 4 x 4 are rings, whose Fourier transform leaves 37 products for a
+plane and a pair of channels instead of 144; the others go by Winograd's minimal filtering, 16 instead of 36 for 2 x 2 results. Float32
+throughout, with errors of the size of those of PyTorch's own (docs/engine.md).
 
-Source: Winograd 1980; Lavin & Gray 2016 (F(2 x 2, 3 x 3)). The gradient in the filters is the transpose of the same lines.
+Source: Winograd 1980; Lavin & Gray 2016 (F(2 x 2, 3 x 3)); Zlateski et al. 2018 (the Fourier transform with Gauss' products). The gradient
+in the filters is the transpose of the same lines.
 """
 
 from __future__ import annotations

@@ -18,6 +18,8 @@ SIZES = [
     pytest.param(7, 4, 4, 32, 16, 3, 1, id="4x4 in 3 groups"),
     pytest.param(300, 4, 4, 8, 24, 1, 1, id="many of 4x4"),
     pytest.param(5, 4, 4, 8, 16, 9, 1, id="4x4 in 9 groups"),
+    pytest.param(25, 4, 4, 40, 24, 2, 1, id="one more than a block of 4x4"),
+    pytest.param(130, 4, 4, 16, 8, 8, 1, id="4x4 in 8 groups, sums in slices"),
     pytest.param(5, 8, 8, 16, 32, 2, 1, id="8x8 in 2 groups"),
     pytest.param(3, 2, 8, 8, 8, 1, 1, id="2x8"),
     pytest.param(3, 6, 16, 40, 8, 1, 1, id="6x16"),
@@ -66,8 +68,9 @@ def test_values_and_gradients_are_those_of_a_convolution(
     assert far(convolutions.in_weight(x, g, padding, groups), gw) < 2e-6
 
 
-def test_errors_are_of_the_size_of_those_of_pytorch() -> None:
-    x, weight, bias, g = given(32, 16, 16, 64, 64, 1)
+@pytest.mark.parametrize("size", [4, 16])
+def test_errors_are_of_the_size_of_those_of_pytorch(size: int) -> None:
+    x, weight, bias, g = given(32, size, size, 64, 64, 1)
     ours = (
         convolutions.convolve(x, weight, bias, 1, 1),
         convolutions.back(g, weight, 1, 1),
@@ -103,9 +106,9 @@ def test_memory_of_any_order_is_taken(memory: str) -> None:
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("inputs", [1, 16])
-def test_threads_and_other_images_change_no_bit(inputs: int) -> None:
-    x, weight, bias, g = given(300, 8, 8, inputs, 16, 2)
+@pytest.mark.parametrize(("inputs", "size"), [(1, 8), (16, 8), (16, 4)])
+def test_threads_and_other_images_change_no_bit(inputs: int, size: int) -> None:
+    x, weight, bias, g = given(300, size, size, inputs, 16, 2)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
