@@ -76,6 +76,25 @@ def test_what_was_measured_once_is_taken_again(
     assert asked == []
 
 
+def test_other_kernels_are_measured_anew(small: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock(monkeypatch, lambda plan, batch, models: 1.0)
+    tuning.plan_for(small, NET)
+    forget()
+    sources = compiled.sources()
+    monkeypatch.setattr(compiled, "sources", lambda: sources + b"//")
+    asked = clock(monkeypatch, lambda plan, batch, models: float(models))
+    assert tuning.plan_for(small, NET).layout == "loop"
+    assert asked
+
+
+def test_all_that_is_compiled_is_among_the_sources() -> None:
+    here = Path(compiled.__file__).parent
+    written = [one for one in here.iterdir() if one.suffix in {".cpp", ".h"}]
+    assert {"planes.cpp", "rings.h", "winograd.h"} <= {one.name for one in written}
+    assert sum(one.stat().st_size for one in written) == len(compiled.sources())
+    assert all(one.read_bytes() in compiled.sources() for one in written)
+
+
 def test_of_two_processes_that_measure_at_once_the_first_is_right(
     small: Dataset, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
