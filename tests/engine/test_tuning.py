@@ -153,6 +153,34 @@ def test_a_gain_within_the_noise_is_not_worth_a_larger_stack(
     assert tuning.plan_for(small, NET).layout == "loop"
 
 
+def test_a_gain_beyond_the_noise_is(small: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock(monkeypatch, lambda plan, batch, models: models * (0.96 if models >= 8 else 1.0))
+    assert tuning.plan_for(small, NET).chunk == 8
+
+
+def test_the_least_disturbed_of_several_rounds_counts(
+    small: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "BUDGET", 60.0)
+    calls: list[int] = []
+
+    def disturbed(plan: Plan, batch: int, models: int) -> float:
+        calls.append(models)
+        return models * (1.0 if models != 4 else 0.8 if calls.count(4) % 5 == 0 else 1.1)
+
+    clock(monkeypatch, disturbed)
+    assert tuning.plan_for(small, NET).chunk == 4
+
+
+def test_beyond_a_stack_that_left_the_caches_none_is_tried(
+    small: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "BUDGET", 60.0)
+    asked = clock(monkeypatch, lambda plan, batch, models: models * (2.0 if models >= 8 else 1.0))
+    assert tuning.plan_for(small, NET).layout == "loop"
+    assert max(plan.chunk for plan in asked) == 8
+
+
 def test_the_threads_of_one_job_alone_are_measured_on_large_images(
     large: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
