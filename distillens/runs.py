@@ -100,10 +100,10 @@ class Runs:
         """See that the store has these populations and experts, without reading them."""
         parts = list(self._missing(requests))
         jobs = [part.training if isinstance(part, Experts) else part for part in parts]
-        total = sum(len(job.keys) for job in jobs)
-        shorter = _on_the_way(jobs)
+        shorter = on_the_way(jobs)
         waiting = {i for those in shorter.values() for i in those}
         apart = [i for i in range(len(jobs)) if i not in waiting]
+        total = sum(len(jobs[i].keys) for i in apart)
         stacks = [
             tuple(apart[place] for place in stack)
             for stack in together([jobs[i] for i in apart], self.plan, self.engine.workers)
@@ -119,7 +119,6 @@ class Runs:
                 done += len(jobs[i].keys)
                 for j in shorter.get(i, ()):
                     self._save(parts[j], population.ended(jobs[j].steps, jobs[j].snapshots))
-                    done += len(jobs[j].keys)
             if report is not None:
                 report(done, total)
         if parts:
@@ -253,7 +252,7 @@ class Runs:
                 total -= size
 
 
-def _on_the_way(jobs: Sequence[Training]) -> dict[int, list[int]]:
+def on_the_way(jobs: Sequence[Training]) -> dict[int, list[int]]:
     """For trainings, by their places, those that are but a moment of it, which it keeps: nobody has to train these.
 
     Alike in all but their count of steps, on which nothing else depends. What a network keeps beside its parameters (running

@@ -42,7 +42,7 @@ from distillens.pipeline import (
     versions,
 )
 from distillens.presets import BASELINES, PRESETS, Preset
-from distillens.runs import Runs
+from distillens.runs import Runs, on_the_way
 from distillens.sessions import check_device, check_engine, chosen_plan, recorded_plan, session, workers_for
 from distillens.train import Training, chunks
 from distillens.tuning import wish
@@ -364,15 +364,17 @@ def forecast(study: Study, workers: int) -> Forecast:
             trainings += question.trainings(stand_in, real, key=analysis_key(study.seed))
             if hasattr(question, "protocol"):
                 trainings += teacher(question.protocol, question.net, real, analysis_key(study.seed))
-    distinct = {part.fingerprint: part for t in trainings for part in chunks(t, study.plan)}
+    distinct = list({part.fingerprint: part for t in trainings for part in chunks(t, study.plan)}.values())
+    read_off = {i for those in on_the_way(distinct).values() for i in those}
+    trained = [part for i, part in enumerate(distinct) if i not in read_off]
     passes: Counter[Net] = Counter()
-    for part in distinct.values():
+    for part in trained:
         passes[part.net] += part.image_steps
     if passes:  # the network that sees the most images stands for all
         ((net, _),) = passes.most_common(1)
         short = Training(real.train, net, Recipe(), (analysis_key(0),))
         seconds += 2.93 * passes.total() * forecasts.seconds_a_pass(short, study.plan)
-    models = sum(len(part.keys) for part in distinct.values())
+    models = sum(len(part.keys) for part in trained)
     return Forecast(len(study.orders), models, seconds / workers)
 
 
