@@ -20,6 +20,7 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -c "from distillens import kernels; print('kernels:', *kernels.available())"
 	touch $(READY)
 
 study: $(READY)

@@ -34,7 +34,7 @@ FEW = 4  # models in a stack by which kernels are compared
 ENOUGH = 1.02  # a smaller stack is taken unless a larger is faster by more
 TOO_SLOW = 1.3  # times as slow as the fastest, and a stack has left the caches: larger ones are not tried
 ROUNDS = 9  # in which candidates are timed in turn, so that what else the machine does strikes all alike
-BUDGET = 3.0  # seconds after which there is no further round
+BUDGET = 1.5  # seconds after which there is no further round
 GAIN = 1.2  # times as fast as float32, or bfloat16 is not taken unasked
 SHOWN = 32  # the longest side of images on which bfloat16 is shown to train as well (docs/engine.md)
 
