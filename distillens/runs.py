@@ -125,7 +125,7 @@ class Runs:
             self._shrink()
 
     def missing(self, requests: Iterable[Request]) -> list[Request]:
-        """The chunks that ``make`` would train."""
+        """The chunks that the store lacks."""
         return list(self._missing(requests))
 
     def _missing(self, requests: Iterable[Request]) -> Iterator[Request]:
@@ -253,10 +253,10 @@ class Runs:
 
 
 def on_the_way(jobs: Sequence[Training]) -> dict[int, list[int]]:
-    """For trainings, by their places, those that are but a moment of it, which it keeps: nobody has to train these.
+    """By the place of a training, the places of those that end at a moment that it keeps: they are read off it, not trained.
 
-    Alike in all but their count of steps, on which nothing else depends. What a network keeps beside its parameters (running
-    means) it has at the end alone.
+    They are alike in all but the count of steps, on which nothing else depends. Networks with buffers (running means) are left out:
+    of those only the last are kept.
     """
     alike: dict[str, list[int]] = {}
     for i, job in enumerate(jobs):

@@ -208,7 +208,7 @@ struct Rings {
     int64_t inside(int64_t b) const { return std::min(block, images - b * block); }
     int64_t at(int64_t image, int64_t group, int64_t channels) const { return (image * groups + group) * channels * 16; }
 
-    // The next image but one is far away where other groups stand between: it is asked for in time.
+    // The next image is far away where other groups stand between: it is asked for in time.
     template <int WRITE> INLINE void ahead(const float* x, int64_t n, int64_t last, int64_t g, int64_t channels) const {
         if (n + 1 < last)
             for (int64_t c = 0; c < channels; ++c) __builtin_prefetch(x + at(n + 1, g, channels) + 16 * c, WRITE);
