@@ -163,7 +163,9 @@ class _Block(torch.autograd.Function):
     ) -> torch.Tensor:
         w, b = weight.to(x.dtype), bias.to(x.dtype)
         if _few(x, w, padding, fewer):
-            z, y, means, rstds = convolutions.block(x, w, b, gamma, beta, padding, groups, EPSILON)
+            # z is for those who differentiate in x, or in the gradient: the latter find it again.
+            kept = ctx.needs_input_grad[0]
+            z, y, means, rstds = convolutions.block(x, w, b, gamma, beta, padding, groups, EPSILON, kept)
         else:
             z = _conv(x, w, b, padding, groups, fewer)
             y, means, rstds = planes.forward(z, gamma, beta, EPSILON)
@@ -173,7 +175,11 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> Any:
-        given = g.contiguous(), *ctx.saved_tensors, *ctx.sizes, tuple(ctx.needs_input_grad[:5])
+        *inputs, z, means, rstds = ctx.saved_tensors
+        if z is None and torch.is_grad_enabled():
+            padding, groups, _ = ctx.sizes
+            z, *_ = convolutions.block(*inputs, padding, groups, EPSILON, True)
+        given = g.contiguous(), *inputs, z, means, rstds, *ctx.sizes, tuple(ctx.needs_input_grad[:5])
         # Where nobody differentiates on, nothing is kept for that.
         slope = _Slope.apply(*given) if torch.is_grad_enabled() else _slope(*given, last=True)[0]  # type: ignore[no-untyped-call]
         return *slope, None, None, None
@@ -191,7 +197,7 @@ def _slope(
     bias: torch.Tensor,
     gamma: torch.Tensor,
     beta: torch.Tensor,
-    z: torch.Tensor,
+    z: torch.Tensor | None,
     means: torch.Tensor,
     rstds: torch.Tensor,
     padding: int,
@@ -206,9 +212,10 @@ def _slope(
     With ``last`` nobody needs that in z: of few channels it is then never written down.
     """
     w = weight.to(x.dtype)
-    if last and wanted[:2] == (False, True) and _few(x, w, padding, fewer):
+    if z is None or (last and wanted[:2] == (False, True) and _few(x, w, padding, fewer)):
         gx, gz = None, None
-        gw, ggamma, gbeta = convolutions.block_slope(g, x, z, gamma, beta, means, rstds, padding, groups)
+        tensors = g, x, w, bias, gamma, beta, z, means, rstds
+        gw, ggamma, gbeta = convolutions.block_slope(*tensors, padding, groups)
     else:
         gz, ggamma, gbeta = planes.backward(g, z, gamma, beta, means, rstds)
         gx, gw = _conv_back(gz, x, w, padding, groups, fewer, (wanted[0], wanted[1]))

@@ -1,10 +1,12 @@
-// 3 x 3 convolutions by the form of the planes: few channels at once (few.h), planes of 4 x 4 as rings (rings.h), the others, of even
-// height and 8, 16 or 32 wide, in Winograd's products (winograd.h). Work is cut into blocks by what is convolved alone, and sums over
-// blocks are taken in slices of their own: neither the number of threads nor the other groups change a bit.
+// 3 x 3 convolutions by the form of the planes: few channels at once (few.h; small.h with what follows them), planes of 4 x 4 as rings
+// (rings.h), the others, of even height and 8, 16 or 32 wide, in Winograd's products (winograd.h). Work is cut into blocks by what is
+// convolved alone, and sums over blocks are taken in slices of their own: neither the number of threads nor the other groups change a
+// bit.
 
 #include "few.h"
 #include "planes.cpp"
 #include "rings.h"
+#include "small.h"
 #include "winograd.h"
 
 #undef SIZES
@@ -63,6 +65,22 @@ extern "C" void few_slope_float32(const float* g, const float* x, const float* z
                          ggamma + row, gbeta + row, outputs, outputs, h, wide);
         return gz;
     }, gw);
+}
+
+// The same of a small image: z is written down where it is something.
+extern "C" void small_block_float32(const float* x, const float* w, const float* bias, const float* gamma, const float* beta,
+                                    float* z, float* y, float* means, float* rstds, int64_t images, int64_t groups, int64_t inputs,
+                                    int64_t outputs, int64_t height, int64_t width, int64_t padding, double epsilon) {
+    const Small of{images, groups, inputs, outputs, height, width, padding};
+    of.forward(x, w, bias, gamma, beta, z, y, means, rstds, static_cast<float>(epsilon));
+}
+
+extern "C" void small_slope_float32(const float* g, const float* x, const float* w, const float* bias, const float* gamma,
+                                    const float* beta, const float* means, const float* rstds, float* ggamma, float* gbeta,
+                                    float* gw, int64_t images, int64_t groups, int64_t inputs, int64_t outputs, int64_t height,
+                                    int64_t width, int64_t padding) {
+    const Small of{images, groups, inputs, outputs, height, width, padding};
+    of.slope(g, x, w, bias, gamma, beta, means, rstds, ggamma, gbeta, gw);
 }
 
 // The gradient in x from that in y.

@@ -22,6 +22,7 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 WIDTHS = (8, 16, 32)  # of planes whose rows of tiles are whole vectors; planes of 4 x 4 are one
 PANEL = 8  # channels that are taken together, in and out
 FEW = 4  # channels of an image, not of a hidden layer
+SMALL = 256  # numbers of an image that stays in the nearest cache with all that a block makes of it
 
 
 def available() -> bool:
@@ -51,6 +52,13 @@ def take(inputs: int, outputs: int, h: int, w: int, padding: int) -> bool:
         return w % 8 == 0 and w > 0 and h * w % 16 == 0
     sides = (h == w == 4) or (w in WIDTHS and h % 2 == 0)
     return padding == 1 and sides and inputs % PANEL == 0
+
+
+@cache
+def small(inputs: int, h: int, w: int, padding: int) -> bool:
+    """Whether a block of so few channels, which the kernels take, is sooner done again than read back."""
+    h, w = h + 2 * padding - 2, w + 2 * padding - 2
+    return inputs * h * w <= SMALL and h % 2 == 0 and h * w % 32 == 0
 
 
 def convolve(
@@ -101,36 +109,52 @@ def block(
     padding: int,
     groups: int,
     epsilon: float,
-) -> tuple[torch.Tensor, ...]:
-    """``convolve`` by a ``weight`` of few channels, then ``planes.forward``, image by image: z, and what that gives."""
+    kept: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``convolve`` by a ``weight`` of few channels, then ``planes.forward``, image by image: z, and what that gives.
+
+    Unless it must be ``kept``, z of a small image is not written down.
+    """
     n, _, h, w = x.shape
     inputs, outputs = weight.shape[1], weight.shape[0] // groups
-    z = x.new_empty(n, weight.shape[0], h + 2 * padding - 2, w + 2 * padding - 2)
-    y = x.new_empty(n, weight.shape[0], z.shape[2] // 2, z.shape[3] // 2)
+    of_small = small(inputs, h, w, padding)
+    high, wide = h + 2 * padding - 2, w + 2 * padding - 2
+    z = x.new_empty(n, weight.shape[0], high, wide) if kept or not of_small else None
+    y = x.new_empty(n, weight.shape[0], high // 2, wide // 2)
     means, rstds = x.new_empty(n * weight.shape[0]), x.new_empty(n * weight.shape[0])
     tensors = (x, weight, bias, gamma, beta, z, y, means, rstds)
-    _call("few_block_float32", tensors, n, groups, inputs, outputs, h, w, padding, numbers=(epsilon,))
+    name = "small_block_float32" if of_small else "few_block_float32"
+    _call(name, tensors, n, groups, inputs, outputs, h, w, padding, numbers=(epsilon,))
     return z, y, means, rstds
 
 
 def block_slope(
     g: torch.Tensor,
     x: torch.Tensor,
-    z: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
     gamma: torch.Tensor,
     beta: torch.Tensor,
+    z: torch.Tensor | None,
     means: torch.Tensor,
     rstds: torch.Tensor,
     padding: int,
     groups: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``planes.backward``, then ``in_weight`` of few channels, image by image: the gradient in the weight, gamma and beta."""
-    n, c, h, w = x.shape
-    inputs, outputs = c // groups, z.shape[1] // groups
-    ggamma, gbeta = gamma.new_empty(n, z.shape[1]), gamma.new_empty(n, z.shape[1])
-    found = x.new_empty(groups * outputs, inputs, 3, 3)
-    tensors = (g, x, z, gamma, beta, means, rstds, ggamma, gbeta, found)
-    _call("few_slope_float32", tensors, n, groups, inputs, outputs, h, w, padding)
+    """``planes.backward``, then ``in_weight`` of few channels, image by image: the gradient in the weight, gamma and beta.
+
+    Without z, which ``block`` has not kept, it is found again, to the bit.
+    """
+    n, _, h, w = x.shape
+    ggamma, gbeta = gamma.new_empty(n, len(gamma)), gamma.new_empty(n, len(gamma))
+    found = torch.empty_like(weight)
+    rest = (gamma, beta, means, rstds, ggamma, gbeta, found)
+    name, tensors = (
+        ("few_slope_float32", (g, x, z, *rest))
+        if z is not None
+        else ("small_slope_float32", (g, x, weight, bias, *rest))
+    )
+    _call(name, tensors, n, groups, weight.shape[1], len(weight) // groups, h, w, padding)
     return found, planes.added(ggamma), planes.added(gbeta)
 
 

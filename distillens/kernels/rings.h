@@ -18,10 +18,6 @@
 
 namespace {
 
-#define INLINE inline __attribute__((always_inline))
-#define INLINED __attribute__((always_inline))
-
-using Eight = Vec<8>;  // of eight channels of an image
 constexpr int64_t PLACES = 37;
 constexpr float C1 = 0.30901699437494742f, C2 = -0.80901699437494742f;  // cos(2 pi / 5), cos(4 pi / 5)
 constexpr float S1 = 0.95105651629515357f, S2 = 0.58778525229247313f;   // sin(2 pi / 5), sin(4 pi / 5)
@@ -112,47 +108,6 @@ template <int N, class G> INLINE void plane_of(const Eight& zero, const G& get, 
     for (int i = 0; i < N; ++i) row_of<N>(Five{part[0][i], part[1][i], part[2][i], part[3][i], part[4][i]}, to + N * i);
 }
 
-// Eight rows of eight as columns.
-INLINE void transpose(const Eight* r, Eight* to) {
-#define MIXED(p, q, ...) __builtin_shufflevector(p, q, __VA_ARGS__)
-    Eight s[8];
-#pragma GCC unroll 2
-    for (int i = 0; i < 8; i += 4) {
-        const Eight a = MIXED(r[i], r[i + 1], 0, 8, 1, 9, 4, 12, 5, 13), b = MIXED(r[i], r[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
-        const Eight c = MIXED(r[i + 2], r[i + 3], 0, 8, 1, 9, 4, 12, 5, 13), d = MIXED(r[i + 2], r[i + 3], 2, 10, 3, 11, 6, 14, 7, 15);
-        s[i] = MIXED(a, c, 0, 1, 8, 9, 4, 5, 12, 13);
-        s[i + 1] = MIXED(a, c, 2, 3, 10, 11, 6, 7, 14, 15);
-        s[i + 2] = MIXED(b, d, 0, 1, 8, 9, 4, 5, 12, 13);
-        s[i + 3] = MIXED(b, d, 2, 3, 10, 11, 6, 7, 14, 15);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-        to[i] = MIXED(s[i], s[4 + i], 0, 1, 2, 3, 8, 9, 10, 11);
-        to[4 + i] = MIXED(s[i], s[4 + i], 4, 5, 6, 7, 12, 13, 14, 15);
-    }
-#undef MIXED
-}
-
-// The planes of eight channels, pixel by pixel, and back.
-INLINE void read_planes(const float* planes, Eight* to) {
-    Eight half[8];
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h) {
-#pragma GCC unroll 8
-        for (int c = 0; c < 8; ++c) half[c] = load<Eight>(planes + 16 * c + 8 * h);
-        transpose(half, to + 8 * h);
-    }
-}
-INLINE void write_planes(const Eight* from, float* planes) {
-    Eight half[8];
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h) {
-        transpose(from + 8 * h, half);
-#pragma GCC unroll 8
-        for (int c = 0; c < 8; ++c) store<Eight>(planes + 16 * c + 8 * h, half[c]);
-    }
-}
-
 // The filters of eight channels, ``next`` apart, place by place, and back to filters side by side.
 INLINE void read_filters(const float* filters, int64_t next, Eight* to) {
     Eight most[8];
@@ -223,7 +178,7 @@ struct Rings {
             ahead<0>(x, n, last, g, channels);
             for (int64_t c = 0; c < channels; c += 8) {
                 Eight pixels[16];
-                read_planes(x + at(n, g, channels) + 16 * c, pixels);
+                read_planes(x + at(n, g, channels) + 16 * c, 16, pixels);
                 float* place = to + (n - first) * wide + c;
                 spectrum<4>(pixels, [&](const Eight& v) INLINED { store<Eight>(place, v); },
                          [&](int k, const Complex& v) INLINED { put(place + (1 + 3 * k) * step, v); });
@@ -289,7 +244,7 @@ struct Rings {
 #pragma GCC unroll 16
                         for (int i = 0; i < 16; ++i) pixels[i] += shift;
                     }
-                    write_planes(pixels, y + at(n, g, outputs) + 16 * o);
+                    write_planes(pixels, 16, y + at(n, g, outputs) + 16 * o);
                 }
             }
         };
@@ -331,8 +286,5 @@ struct Rings {
         by_slice(groups, blocks, std::min(SLICES, (blocks + 3) / 4), PLACES * sum, one, finished);
     }
 };
-
-#undef INLINE
-#undef INLINED
 
 }  // namespace

@@ -3,10 +3,14 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <utility>
 #include <vector>
+
+#define INLINE inline __attribute__((always_inline))
+#define INLINED __attribute__((always_inline))
 
 namespace {
 
@@ -29,6 +33,61 @@ template <class V> inline V load(const float* p) {
     return v;
 }
 template <class V> inline void store(float* p, const V& v) { std::memcpy(p, &v, sizeof v); }
+
+using Eight = Vec<8>;
+
+#define MIXED(p, q, ...) __builtin_shufflevector(p, q, __VA_ARGS__)
+// Four rows of four as columns, in both halves.
+INLINE void transpose_halves(const Eight* r, Eight* to) {
+    const Eight a = MIXED(r[0], r[1], 0, 8, 1, 9, 4, 12, 5, 13), b = MIXED(r[0], r[1], 2, 10, 3, 11, 6, 14, 7, 15);
+    const Eight c = MIXED(r[2], r[3], 0, 8, 1, 9, 4, 12, 5, 13), d = MIXED(r[2], r[3], 2, 10, 3, 11, 6, 14, 7, 15);
+    to[0] = MIXED(a, c, 0, 1, 8, 9, 4, 5, 12, 13);
+    to[1] = MIXED(a, c, 2, 3, 10, 11, 6, 7, 14, 15);
+    to[2] = MIXED(b, d, 0, 1, 8, 9, 4, 5, 12, 13);
+    to[3] = MIXED(b, d, 2, 3, 10, 11, 6, 7, 14, 15);
+}
+INLINE Eight low_halves(const Eight& p, const Eight& q) { return MIXED(p, q, 0, 1, 2, 3, 8, 9, 10, 11); }
+INLINE Eight high_halves(const Eight& p, const Eight& q) { return MIXED(p, q, 4, 5, 6, 7, 12, 13, 14, 15); }
+#undef MIXED
+
+// Eight rows of eight as columns.
+INLINE void transpose(const Eight* r, Eight* to) {
+    Eight s[8];
+    transpose_halves(r, s);
+    transpose_halves(r + 4, s + 4);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        to[i] = low_halves(s[i], s[4 + i]);
+        to[4 + i] = high_halves(s[i], s[4 + i]);
+    }
+}
+
+// Planes of eight channels, ``size`` numbers each, pixel by pixel, and back.
+INLINE void read_planes(const float* planes, int64_t size, Eight* to) {
+    for (int64_t p = 0; p < size; p += 8) {
+        Eight rows[8];
+#pragma GCC unroll 8
+        for (int c = 0; c < 8; ++c) rows[c] = load<Eight>(planes + c * size + p);
+        transpose(rows, to + p);
+    }
+}
+INLINE void write_planes(const Eight* from, int64_t size, float* planes) {
+    for (int64_t p = 0; p < size; p += 8) {
+        Eight rows[8];
+        transpose(from + p, rows);
+#pragma GCC unroll 8
+        for (int c = 0; c < 8; ++c) store<Eight>(planes + c * size + p, rows[c]);
+    }
+}
+
+INLINE Eight added(const Eight* v) { return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])); }
+
+INLINE Eight one_over_root(const Eight& v) {
+    float found[8];
+    store<Eight>(found, v);
+    for (int l = 0; l < 8; ++l) found[l] = 1.f / std::sqrt(found[l]);
+    return load<Eight>(found);
+}
 
 // C[m][n] = (or +=) sum over k of A[k][m] B[k][n]
 template <int M, int N, bool MORE>

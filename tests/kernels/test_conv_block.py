@@ -131,9 +131,11 @@ def test_a_processor_without_products_of_bfloat16_takes_them_in_float32(
         leaves = [t.clone().requires_grad_() for t in (x.bfloat16(), *rest)]
         y = form(*leaves)
         found.append((y.detach(), *torch.autograd.grad(y.float().square().sum(), leaves)))
-    for one, other in zip(*found, strict=True):
+    for i, (one, other) in enumerate(zip(*found, strict=True)):
         assert one.dtype == other.dtype
-        assert float((one.float() - other.float()).norm()) <= 2**-7 * float(other.float().norm())
+        # The gradient in the bias, which a norm takes away, is nothing but roundings: small against that in the weight.
+        scale = found[1][2] if i == 3 else other
+        assert float((one.float() - other.float()).norm()) <= 2**-7 * float(scale.float().norm())
     y, other = found[0][0].float(), found[1][0].float()
     assert float((y != other).float().mean()) < 0.05
     exact = form(x, *rest)

@@ -198,7 +198,7 @@ def test_second_derivatives_of_the_block_are_those_of_plain_pytorch(
         assert far(ours, exact) < 1e-5, place
 
 
-@pytest.mark.parametrize(("n", "size", "channels", "groups"), [(7, 8, 1, 2), (5, 28, 1, 1), (3, 32, 3, 2)])
+@pytest.mark.parametrize(("n", "size", "channels", "groups"), [(7, 24, 1, 2), (5, 28, 1, 1), (3, 32, 3, 2)])
 def test_a_block_of_few_channels_at_once_is_its_parts_to_the_bit(
     n: int, size: int, channels: int, groups: int
 ) -> None:
@@ -207,7 +207,7 @@ def test_a_block_of_few_channels_at_once_is_its_parts_to_the_bit(
     gamma, beta = 0.5 + Key(6).uniform(len(bias)), 0.3 * Key(7).normal(len(bias))
     z = convolutions.convolve(x, weight, bias, padding, groups)
     parts = (z, *planes.forward(z, gamma, beta, 1e-5))
-    whole = convolutions.block(x, weight, bias, gamma, beta, padding, groups, 1e-5)
+    whole = convolutions.block(x, weight, bias, gamma, beta, padding, groups, 1e-5, False)
     assert all(torch.equal(one, other) for one, other in zip(whole, parts, strict=True))
 
     # Where images want a gradient or somebody may differentiate on, the block goes by its parts.
@@ -219,6 +219,58 @@ def test_a_block_of_few_channels_at_once_is_its_parts_to_the_bit(
         found.append(torch.autograd.grad(y, leaves if images is x else [*leaves, images], g)[:4])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
     assert bool(found[0][0].any())
+
+
+SMALL = [(7, 8, 1, 2), (5, 16, 1, 1), (9, 8, 3, 2), (40, 8, 4, 1)]
+
+
+@pytest.mark.parametrize(("n", "size", "channels", "groups"), SMALL)
+def test_a_block_of_a_small_image_is_its_parts(n: int, size: int, channels: int, groups: int) -> None:
+    x, weight, bias, _ = given(n, size, size, channels, 24, groups, 1)
+    assert convolutions.small(channels, size, size, 1)
+    gamma, beta = 0.5 + Key(6).uniform(len(bias)), 0.3 * Key(7).normal(len(bias))
+    z = convolutions.convolve(x, weight, bias, 1, groups)
+    parts = (z, *planes.forward(z, gamma, beta, 1e-5))
+    known = convolutions.block(x, weight, bias, gamma, beta, 1, groups, 1e-5, True)
+    assert all(far(one, other) < 1e-6 for one, other in zip(known, parts, strict=True))
+    # Whether z is kept changes nothing else.
+    found = convolutions.block(x, weight, bias, gamma, beta, 1, groups, 1e-5, False)
+    assert found[0] is None
+    assert all(torch.equal(one, other) for one, other in zip(found[1:], known[1:], strict=True))
+
+    g = Key(8).normal(*parts[1].shape)
+    slopes = []
+    for images in (x, x.clone().requires_grad_()):  # in the images: by the parts
+        for again in (False, True):
+            leaves = [t.clone().requires_grad_() for t in (weight, gamma, beta)]
+            y = conv_block.fused(images, leaves[0], bias, *leaves[1:], 1, groups, True)
+            assert torch.equal(y, known[1])
+            slopes.append(torch.autograd.grad(y, leaves, g, create_graph=again))
+    for other in slopes[1:]:
+        for one, two in zip(slopes[0], other, strict=True):
+            assert far(one, two.detach()) < 1e-6
+
+
+@pytest.mark.parametrize(("n", "size", "channels", "groups"), SMALL)
+def test_a_block_of_a_small_image_knows_no_neighbours(n: int, size: int, channels: int, groups: int) -> None:
+    """Neither other channels, by however many at a time they are taken, nor other groups, nor who else sees the image."""
+    x, weight, bias, _ = given(n, size, size, channels, 16, 1, 1)
+    gamma, beta = 0.5 + Key(6).uniform(16), 0.3 * Key(7).normal(16)
+    g = Key(8).normal(n, 16, size // 2, size // 2)
+
+    def block(x: torch.Tensor, where: slice, times: int, groups: int) -> list[torch.Tensor]:
+        own = [t[where].repeat(times, *[1] * (t.ndim - 1)) for t in (weight, bias, gamma, beta)]
+        gradient = g[:, where].repeat(1, times, 1, 1)
+        _, y, means, rstds = convolutions.block(x, *own, 1, groups, 1e-5, False)
+        gw, *_ = convolutions.block_slope(gradient, x, *own, None, means, rstds, 1, groups)
+        return [y, gw.transpose(0, 1)]  # channels second
+
+    whole = block(x, slice(None), 1, 1)
+    for one, other in zip(block(x, slice(8), 1, 1), whole, strict=True):
+        assert torch.equal(one, other[:, :8])
+    for both in (block(x, slice(None), 2, 1), block(x.repeat(1, 2, 1, 1), slice(None), 2, 2)):
+        for one, other in zip(both, whole, strict=True):
+            assert torch.equal(one[:, :16], other) and torch.equal(one[:, 16:], other)
 
 
 def test_they_are_used_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
