@@ -175,11 +175,12 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> Any:
-        *inputs, z, means, rstds = ctx.saved_tensors
+        x, weight, bias, gamma, beta, z, means, rstds = ctx.saved_tensors
         if z is None and torch.is_grad_enabled():
             padding, groups, _ = ctx.sizes
-            z, *_ = convolutions.block(*inputs, padding, groups, EPSILON, True)
-        given = g.contiguous(), *inputs, z, means, rstds, *ctx.sizes, tuple(ctx.needs_input_grad[:5])
+            z, *_ = convolutions.block(x, weight, bias, gamma, beta, padding, groups, EPSILON, True)
+        tensors = g.contiguous(), x, weight, bias, gamma, beta, z, means, rstds
+        given = *tensors, *ctx.sizes, tuple(ctx.needs_input_grad[:5])
         # Where nobody differentiates on, nothing is kept for that.
         slope = _Slope.apply(*given) if torch.is_grad_enabled() else _slope(*given, last=True)[0]  # type: ignore[no-untyped-call]
         return *slope, None, None, None
