@@ -451,6 +451,7 @@ def study(
             engine=engine,
             address=address,
         ) as runs:
+            runs.engine.begin()
             cost = forecast(wanted, runs.engine.workers)
             for line in wanted.shrinkage:
                 announce(f"scaled by {wanted.scale:g}: {line}")
@@ -589,6 +590,8 @@ def _analyse(
     with took.by("answers"):
         # The machines of a cluster do not reach the store.
         engine = Engine(1, runs.plan.threads) if runs.engine.place == "cluster" else runs.engine
+        # The largest sets first, whose answers take longest: the workers end together.
+        alone.reverse()
         for place, one in engine.map(_answer_alone, [(runs.plan, runs.folder, *jobs[i]) for i in alone]):
             answered(alone[place], one)
         for i in range(len(jobs)):

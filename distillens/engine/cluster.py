@@ -90,6 +90,9 @@ class Cluster:
     ) -> None:
         self.close()
 
+    def begin(self) -> None:
+        """Nothing: Ray starts workers of its own accord."""
+
     def close(self) -> None:
         """Leave the cluster, and end it where it was started here."""
         self._sent.clear()

@@ -57,6 +57,12 @@ class Engine:
     ) -> None:
         self.close()
 
+    def begin(self) -> None:
+        """Have the workers start, which takes them seconds, while this process does something else."""
+        if self.workers > 1:
+            for _ in range(self.workers):
+                self._submit(pack(_ready, (), self._send))
+
     def close(self) -> None:
         """End the workers at once and remove what was passed to them."""
         self._stop()
@@ -225,6 +231,10 @@ def _run(packed: bytes) -> Any:
 @lru_cache(maxsize=16)
 def _read(name: str) -> torch.Tensor:
     return load_file(name)["tensor"]
+
+
+def _ready() -> None:
+    """What a worker does that has nothing to do yet."""
 
 
 def _begin(threads: int) -> None:

@@ -170,6 +170,22 @@ def test_large_results_come_back(two: Engine) -> None:
     assert torch.equal(found[1], torch.arange(3))
 
 
+def test_workers_that_began_early_do_the_jobs() -> None:
+    def started() -> set[int | None]:
+        return {child.pid for child in multiprocessing.active_children()} - others
+
+    others: set[int | None] = set()
+    others = started()
+    with Engine(1) as alone:
+        alone.begin()
+        assert not started()
+    with Engine(2) as engine:
+        engine.begin()
+        begun = started()
+        ran = {who for _, (who, _) in engine.map(whose_and_threads, [(i,) for i in range(6)])}
+        assert begun & ran
+
+
 def test_closing_ends_the_workers() -> None:
     others = multiprocessing.active_children()
     engine = Engine(2)
