@@ -13,6 +13,7 @@ from distillens.core.artefact import DistilledDataset
 from distillens.core.checks import UserError
 from distillens.core.dataset import Splits
 from distillens.given import bring
+from distillens.studies import asked
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def test_one_given_set_is_judged_by_several_networks(folders: list[Path], digits
     study = studies.design(digits, distilled=[str(folders[0])], preset="smoke")
     assert study.methods == () and study.subjects == ("dm",) and study.replicates == 1
     accuracy, mixing = study.questions(1)[:2]
-    assert accuracy.protocol.nets == mixing.nets == studies.NETS_OF_ONE
+    assert accuracy.protocol.nets == mixing.nets == asked.NETS_OF_ONE
 
 
 def test_methods_may_stand_beside_given_sets(folders: list[Path], digits: Splits) -> None:

@@ -38,9 +38,9 @@ def test_a_study_ends_in_a_report_of_all_its_questions(small_study: Path) -> Non
         assert claim["verdict"] in ("supported", "not supported", "inconclusive")
         assert claim["null"] and claim["plant"]
         assert claim["statement"] in page.replace("&#39;", "'")
-    about = json.loads((small_study / "study.json").read_text())
-    assert {one["name"] for one in about["sets"]} == {"dm", "mtt", "random_subset", "herding"}
-    assert all(one["storage"]["floats"] == 640 for one in about["sets"])
+    said = json.loads((small_study / "study.json").read_text())
+    assert {one["name"] for one in said["sets"]} == {"dm", "mtt", "random_subset", "herding"}
+    assert all(one["storage"]["floats"] == 640 for one in said["sets"])
 
 
 def test_every_set_of_a_study_is_made_again_by_its_own_command(small_study: Path, tmp_path: Path) -> None:
@@ -175,19 +175,21 @@ def test_the_command_of_a_set_keeps_the_studys_threads(monkeypatch, tmp_path: Pa
     from distillens.data.planted import planted
     from distillens.engine import plan
     from distillens.kernels import compiled
+    from distillens.studies import asked
+    from distillens.studies.about import about
 
     monkeypatch.setattr(plan, "cores", lambda: 4)
-    monkeypatch.setattr(studies, "cores", lambda: 4)
+    monkeypatch.setattr(asked, "cores", lambda: 4)
     # As on a machine where four threads are four times as fast as one.
     monkeypatch.setattr(compiled, "folder", lambda: tmp_path)
     monkeypatch.setattr(tuning, "_seconds", lambda asked, plan, batch, models: models / plan.threads)
     tuning._measured.cache_clear()
     real = planted(Key(1), shape=(1, 20, 20), per_class=12)
     study = studies.design(real, methods=("dm",), ipc=(1,), preset="smoke", replicates=1)
-    about = studies._about(study, studies.Forecast(0, 0, 0.0), {})
+    said = about(study, studies.Forecast(0, 0, 0.0), {})
     assert study.plan.threads == 1
     assert plan.Plan.resolve(real.train).threads == 4
-    assert all(one["command"].endswith("--precision float32 --threads 1") for one in about["sets"])
+    assert all(one["command"].endswith("--precision float32 --threads 1") for one in said["sets"])
     tuning._measured.cache_clear()
 
 

@@ -11,6 +11,7 @@ from distillens import pipeline, studies
 from distillens.analyses.behaviour.accuracy import Accuracy
 from distillens.core.dataset import Splits
 from distillens.paper import ORDER, PAIRS
+from distillens.studies import work
 
 
 @pytest.fixture(scope="module")
@@ -92,13 +93,13 @@ def test_a_study_under_a_teachers_labels_trains_what_it_forecast(
     digits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stores = []
-    original = studies._train
+    original = work.train_for_all
 
     def remember(wanted, everything, runs, tell):  # type: ignore[no-untyped-def]
         stores.append(runs)
         original(wanted, everything, runs, tell)
 
-    monkeypatch.setattr(studies, "_train", remember)
+    monkeypatch.setattr(work, "train_for_all", remember)
     wishes = {
         "methods": ("dm",),
         "preset": "smoke",
