@@ -16,7 +16,7 @@ from distillens.core.contracts import Distiller, Problem
 from distillens.core.rng import Key
 from distillens.core.vector import Shapes
 from distillens.cost import free_bytes, size_in_words
-from distillens.engine.plan import Plan
+from distillens.engine.plan import Plan, wait_for
 from distillens.experts import Experts, Trajectories
 from distillens.train import Training, train
 
@@ -136,6 +136,7 @@ def seconds_a_step(distiller: Distiller, problem: Problem) -> float | None:
         for i in range(min(STEPS, distiller.steps)):
             begun = time.perf_counter()
             state, _ = distiller.step(asked, state, i)
+            wait_for(problem.real.device)
             times.append(time.perf_counter() - begun)
             if sum(times) > BUDGET:
                 break
@@ -174,5 +175,6 @@ def seconds_a_pass(training: Training, plan: Plan) -> float:
         while len(times) < 4 and sum(times) < BUDGET:  # the fastest is the least disturbed
             begun = time.perf_counter()
             train(short, plan)
+            wait_for(data.device)
             times.append(time.perf_counter() - begun)
     return min(times) / (2.93 * short.image_steps)

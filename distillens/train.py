@@ -20,12 +20,13 @@ from distillens.core.checks import UserError
 from distillens.core.config import describe
 from distillens.core.contracts import Buffers, Mode, Net, Params, Stackable, logits_of_many
 from distillens.core.dataset import Dataset
-from distillens.core.labels import Teacher
+from distillens.core.labels import Labels, Teacher
 from distillens.core.recipe import Recipe
 from distillens.core.rng import Key
 from distillens.core.storage import fingerprint
 from distillens.core.vector import Shapes
 from distillens.engine.plan import Plan
+from distillens.engine.traced import traced
 
 TOGETHER = 1 << 18  # pixels of all images and models that are looked at together: what stays in a cache
 Progress = Callable[[int], None]  # told how many training steps (of one model) are newly done
@@ -357,6 +358,7 @@ def _train_chunk(training: Training, plan: Plan, progress: Progress | None) -> P
     buffers: Buffers = {
         name: torch.stack([b[name] for _, b in started]).to(data.device, plan.dtype) for name in started[0][1]
     }
+    looked_at = traced(_looked_at) if plan.traced else _looked_at
     optimiser = _Optimiser(training.recipe, flat)
     batches = _Batches(training)
     kept: dict[int, torch.Tensor] = {}
@@ -381,11 +383,12 @@ def _train_chunk(training: Training, plan: Plan, progress: Progress | None) -> P
             index = torch.arange(len(data), device=data.device).expand(len(flat), -1)
         # A leaf each: of one whole vector every part would have to be put together from zeros again.
         leaves = {name: part.detach().requires_grad_() for name, part in shapes.unflatten(at).items()}
-        logits, new = _forward(training, leaves, buffers, images, batches, index, mixes, step)
         labels = data.labels
         if isinstance(labels, Teacher):
             labels = labels.view(step % len(labels.views))
-        losses = (labels if index is None else labels.take(index)).loss(logits)
+        x = _shown(training, images, batches, index, mixes, step)
+        asked = labels if index is None else labels.take(index)
+        logits, losses, new = looked_at(training.net, leaves, buffers, x, asked)
         if index is not None and any(mixes):
             pairs = zip(index, mixes, strict=True)
             partners = torch.stack(
@@ -402,7 +405,10 @@ def _train_chunk(training: Training, plan: Plan, progress: Progress | None) -> P
             # An ordered step of which nothing is left has no gradient.
             mean = (losses * weight).sum(1) / torch.where(total > 0, total, 1.0)
         parts = torch.autograd.grad(mean.sum(), list(leaves.values()), materialize_grads=True)
-        return shapes.flatten(dict(zip(leaves, parts, strict=True))), new
+        # Buffers are copied: what a graph gives is written over.
+        return shapes.flatten(dict(zip(leaves, parts, strict=True))), {
+            name: value.detach().clone() for name, value in new.items()
+        }
 
     look(0)
     for step in range(training.steps):
@@ -453,22 +459,17 @@ def _flat_minimum(
     return ahead - recipe.gsam_alpha * across
 
 
-def _forward(
+def _shown(
     training: Training,
-    params: Params,
-    buffers: Buffers,
     images: torch.Tensor,
     batches: _Batches,
     index: torch.Tensor | None,
     mixes: Sequence[Mix | None],
     step: int,
-) -> tuple[torch.Tensor, Buffers]:
-    """Logits [m, b, k] in training mode, and the new buffers [m, ...]."""
-    net = training.net
-    m = len(training.keys)
+) -> torch.Tensor:
+    """The images that the models see at a step: [n, c, h, w] where all see the same, else [m, b, c, h, w]."""
     strategy = training.recipe.augment
     labels = training.data.labels
-    shared = index is None and not strategy
 
     def batch(j: int) -> torch.Tensor:
         x, mix = shown(j), mixes[j]
@@ -487,11 +488,18 @@ def _forward(
         return augment.apply(x, augment.draw(strategy, place, len(x)))
 
     if index is not None and not strategy and not any(mixes):
-        x = batches.images(images, index)
-    else:
-        x = images if shared else torch.stack([batch(j) for j in range(m)])
+        return batches.images(images, index)
+    if index is None and not strategy:
+        return images
+    return torch.stack([batch(j) for j in range(len(training.keys))])
+
+
+def _looked_at(
+    net: Net, params: Params, buffers: Buffers, x: torch.Tensor, labels: Labels
+) -> tuple[torch.Tensor, torch.Tensor, Buffers]:
+    """The logits [m, b, k] and the loss [m, b] of each image under each model in training mode, and the new buffers [m, ...]."""
     logits, new = _logits(net, params, buffers, x, "train")
-    return logits, {name: value.detach() for name, value in new.items()}
+    return logits, labels.loss(logits), new
 
 
 def _logits(

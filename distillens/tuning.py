@@ -23,7 +23,7 @@ from distillens.core.dataset import Dataset
 from distillens.core.recipe import Recipe
 from distillens.core.rng import Key
 from distillens.core.storage import fingerprint, read_json, write_json
-from distillens.engine.plan import Plan, Precision, cores
+from distillens.engine.plan import Plan, Precision, cores, wait_for
 from distillens.kernels import compiled
 from distillens.train import Training, train_chunk
 
@@ -56,8 +56,7 @@ def plan_for(
     if precision is None and may_round(like):
         exact, rounded = (_fastest(like, net, jobs, each, threads) for each in ("float32", "bfloat16"))
         return rounded[0] if GAIN * rounded[1] < exact[1] else exact[0]
-    plan, _ = _fastest(like, net, jobs, precision or "float32", threads)
-    return plan if like.device.type == "cpu" else replace(plan, kernels="plain")
+    return _fastest(like, net, jobs, precision or "float32", threads)[0]
 
 
 def may_round(like: Dataset) -> bool:
@@ -88,7 +87,13 @@ class _Asked:
     def __init__(self, like: Dataset, net: Net, threads: int, precision: Precision) -> None:
         self.like, self.net, self.threads, self.precision = like, net, threads, precision
         self.name = fingerprint(
-            [version("distillens"), str(torch.__version__), compiled.processor(), cores()],
+            [
+                version("distillens"),
+                str(torch.__version__),
+                compiled.processor(),
+                cores(),
+                _name(like.device),
+            ],
             [kernels.available(), list(like.shape), like.k, describe(net), threads, precision],
             compiled.sources(),
             Path(__file__).read_bytes(),
@@ -99,6 +104,10 @@ class _Asked:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Asked) and self.name == other.name
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 @cache
@@ -128,7 +137,10 @@ def _kept(path: Path) -> tuple[Plan, float] | None:
 
 def _measure(asked: _Asked) -> tuple[Plan, float]:
     plan = Plan("loop", 1, 1, asked.threads, asked.precision)
-    candidates = [replace(plan, kernels=each) for each in kernels.available()]
+    if asked.like.device.type == "cpu":
+        candidates = [replace(plan, kernels=each) for each in kernels.available()]
+    else:  # the kernels are a CPU's; what an accelerator waits for is to be told each operation
+        candidates = [plan, *([replace(plan, traced=True)] if _can_be_traced(asked, plan) else [])]
     totals = dict.fromkeys(candidates, 1.0)
     for batch in BATCHES:  # which count alike: times are multiplied
         found = _in_turn(asked, [(one, batch, min(FEW, _stacks(asked, batch)[-1])) for one in candidates])
@@ -141,6 +153,15 @@ def _measure(asked: _Asked) -> tuple[Plan, float]:
         return best, seconds
     images = max(batch * count for batch, count in models.items() if count > 1)
     return replace(best, layout="stacked", chunk=max(models.values()), images=images), seconds
+
+
+def _can_be_traced(asked: _Asked, plan: Plan) -> bool:
+    """Whether there is all that it takes to compile graphs for this device: a compiler, say."""
+    try:
+        _seconds(asked, replace(plan, traced=True), min(BATCHES), 1)
+    except Exception:  # whatever a compiler or its absence raises: work goes on without
+        return False
+    return True
 
 
 def _stacks(asked: _Asked, batch: int) -> list[int]:
@@ -187,4 +208,5 @@ def _seconds(asked: _Asked, plan: Plan, batch: int, models: int) -> float:
     training = Training(data, asked.net, Recipe(steps=3), Key(1).split(models))
     begun = time.perf_counter()
     train_chunk(training, plan)
+    wait_for(data.device)
     return (time.perf_counter() - begun) / training.recipe.steps

@@ -30,7 +30,8 @@ class Plan:
     ``precision`` is that of training. In bfloat16 the products of convolutions are rounded to it; parameters, sums,
     norms and optimisers stay in float32, and so does all that distils or predicts. ``targets`` is the precision of what real data is only looked at for (the
     features that DM matches, the gradients that DC matches). ``kernels`` are compiled ones (winograd, fused) or
-    PyTorch's (plain).
+    PyTorch's (plain). ``traced`` says whether the loss of a training step and its gradient are one graph of
+    ``torch.compile`` each, which a GPU replays without being told every operation (CUDA graphs).
     """
 
     layout: Literal["stacked", "loop"] = "stacked"
@@ -40,6 +41,7 @@ class Plan:
     precision: Precision = "float32"
     targets: Literal["float32", "bfloat16"] = "float32"
     kernels: kernels.Kernels = "plain"
+    traced: bool = False
 
     def __post_init__(self) -> None:
         one_of("layout", self.layout, ("stacked", "loop"))
@@ -94,6 +96,12 @@ class Plan:
         if like.shape[1] * like.shape[2] <= 256:
             return Plan(kernels=compiled)
         return Plan("loop", 1, threads=max(1, cores() // max(1, jobs)), kernels=compiled)
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when a device has done what it was told: until then a clock shows nothing but the telling."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def cores() -> int:

@@ -63,6 +63,33 @@ def test_a_real_measurement_gives_a_plan_that_can_be_pinned(small: Dataset) -> N
         pass
 
 
+@pytest.mark.parametrize("can", [True, False])
+def test_an_accelerator_has_traced_graphs_where_they_are_faster(
+    can: bool, small: Dataset, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its plan is its own: neither a CPU's kernels nor what was measured for one."""
+    clock(monkeypatch, lambda plan, batch, models: models)
+    assert not tuning.plan_for(small, NET).traced
+
+    def seconds(plan: Plan, batch: int, models: int) -> float:
+        if plan.traced and not can:
+            raise RuntimeError("no compiler")
+        return 0.5 if plan.traced else 1.0
+
+    asked = clock(monkeypatch, seconds)
+    monkeypatch.setattr(
+        Dataset, "__post_init__", lambda self: None
+    )  # looks at numbers, of which there are none
+    there = small.to(torch.device("meta"))
+    assert tuning.plan_for(there, NET) == Plan("stacked", 32, 3200, kernels="plain", traced=can)
+    assert {one.kernels for one in asked} == {"plain"}
+    asked = clock(monkeypatch, lambda plan, batch, models: 1 + plan.traced)
+    for path in folder.glob("plan-*.json"):
+        path.unlink()
+    forget()
+    assert not tuning.plan_for(there, NET).traced
+
+
 def test_what_was_measured_once_is_taken_again(
     small: Dataset, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
