@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import environment
-from distillens import analyses, load, pipeline
+from distillens import analyses, load, making, pipeline
 from distillens.core.config import override
 from distillens.core.contracts import Sets
 from distillens.core.rng import Key
@@ -39,7 +39,7 @@ def stand_ins(real: Any, runs: Any, methods: int) -> Sets:
     made = {}
     for i, name in enumerate(NAMES[:methods]):
         orders = [
-            pipeline.order("random_subset", real, IPC, seed=100 + i, replicate=r) for r in range(REPLICATES)
+            making.order("random_subset", real, IPC, seed=100 + i, replicate=r) for r in range(REPLICATES)
         ]
         made[name] = tuple(
             replace(pipeline._selected(one, real, {}), provenance=one.provenance(real, runs.plan))

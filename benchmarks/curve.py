@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.environment import environment
-from distillens import load, pipeline
+from distillens import load, making, pipeline
 from distillens.analyses.behaviour.accuracy import Accuracy
 from distillens.core.config import describe, settings_of
 from distillens.core.contracts import Sets
@@ -38,7 +38,7 @@ RESULTS = Path(__file__).parent / "results"
 def curve(asked: argparse.Namespace) -> None:
     real = load(asked.data)
     at = sorted({int(step) for step in asked.at.split(",")})
-    order = pipeline.order(
+    order = making.order(
         asked.method, real, asked.ipc, settings=[*asked.set, f"steps={at[-1]}"], seed=asked.seed
     )
     plan = replace(Plan.resolve(real.train), threads=asked.threads)
@@ -49,7 +49,7 @@ def curve(asked: argparse.Namespace) -> None:
     accuracy = replace(accuracy, net=replace(accuracy.net, width=width))
     with session(real, asked.store, plan=plan, workers=max(1, 2 // plan.threads)) as runs:
         made = about(asked, order, accuracy, real, runs)
-        problem = order.problem(real.train, pipeline.inputs_of([order], real, runs, tell)[0])
+        problem = order.problem(real.train, making.inputs_of([order], real, runs, tell)[0])
         method, loss = order.distiller, None
         state = method.start(problem)
         for step in range(at[-1] + 1):
@@ -66,7 +66,7 @@ def curve(asked: argparse.Namespace) -> None:
 
 def about(asked: argparse.Namespace, order: Any, accuracy: Accuracy, real: Any, runs: Any) -> dict[str, Any]:
     """What a curve is known by, and what stands beside it."""
-    chosen = pipeline.order("random_subset", real, asked.ipc, seed=asked.seed)
+    chosen = making.order("random_subset", real, asked.ipc, seed=asked.seed)
     random = replace(pipeline._selected(chosen, real, {}), provenance=chosen.provenance(real, runs.plan))
     whole = accuracy._full(Sets({"random_subset": (random,)}), real, pipeline.analysis_key(asked.seed))
     settings = describe(order.distiller)

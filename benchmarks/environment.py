@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from distillens import pipeline
+from distillens import making
 from distillens.engine.plan import cores
 
 
@@ -21,7 +21,7 @@ def environment() -> dict[str, Any]:
         ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=True
     ).stdout.strip()
     return {
-        **pipeline.versions(),
+        **making.versions(),
         "machine": platform.machine(),
         "cores": cores(),
         "device": "cuda" if torch.cuda.is_available() else "cpu",

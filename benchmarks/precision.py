@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import environment
-from distillens import DistilledDataset, Key, Recipe, load, pipeline
+from distillens import DistilledDataset, Key, Recipe, load, making, pipeline
 from distillens.core.dataset import Splits
 from distillens.core.result import Estimate
 from distillens.core.storage import read_json, write_json
@@ -66,7 +66,7 @@ def training(real: Splits, plan: Plan, pair: int) -> tuple[float, float]:
 
 def targets(real: Splits, plan: Plan, pair: int, name: str, settings: Sequence[str]) -> tuple[float, float]:
     """Accuracy by a set of a method that followed float32 targets, and by one that followed bfloat16's."""
-    order = pipeline.order(name, real, IPC, replicate=pair, settings=settings)
+    order = making.order(name, real, IPC, replicate=pair, settings=settings)
     method, problem = order.distiller, order.problem(real.train, {})
     found = []
     for kind in ("float32", "bfloat16"):

@@ -6,15 +6,10 @@
 
 namespace {
 
-// A convolution of few channels, in pieces of some rows of the result: whole vectors.
-struct Few {
+struct Sizes {
     int64_t images, groups, inputs, outputs, height, width, padding;
     int64_t out_height = height + 2 * padding - 2, out_width = width + 2 * padding - 2, plane = out_height * out_width;
-    int64_t taps = 9 * inputs, least = out_width % LANES ? LANES / 8 : 1;
-    int64_t rows = std::max(least, 128 / out_width / least * least), wide = rows * out_width;
-
-    int64_t pixels(int64_t first) const { return std::min(rows, out_height - first) * out_width; }
-
+    int64_t taps = 9 * inputs;
     int64_t row = width + 2 * padding, framed_plane = (height + 2 * padding) * row;  // of an image within its padding
 
     // An image within its padding.
@@ -26,6 +21,14 @@ struct Few {
                 std::memcpy(to + c * framed_plane + (i + padding) * row + padding, x, width * sizeof(float));
         return to;
     }
+};
+
+// A convolution of few channels, in pieces of some rows of the result: whole vectors.
+struct Few : Sizes {
+    int64_t least = out_width % LANES ? LANES / 8 : 1;
+    int64_t rows = std::max(least, 128 / out_width / least * least), wide = rows * out_width;
+
+    int64_t pixels(int64_t first) const { return std::min(rows, out_height - first) * out_width; }
 
     // f(where in [c, i, j][pixel], where in a framed image): eight pixels of each place of a filter, from row ``first`` of the
     // result on.

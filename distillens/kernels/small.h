@@ -1,41 +1,28 @@
 // The block of a 3 x 3 convolution of few channels, norm, ReLU and pooling, in planes so small that all of it stays in the nearest
-// cache. A vector holds as many channels of the result; pixels come one after another. So no lane is empty, however few the filters'
+// cache. A vector holds eight channels of the result; pixels come one after another. So no lane is empty, however few the filters'
 // numbers are, and no sum goes across a vector. The convolution's result is not written down: to find it again in the backward
 // pass is less work than to fetch it.
 
 #pragma once
 
-#include "vectors.h"
+#include "few.h"
 
 namespace {
 
-constexpr int64_t MOST_PIXELS = 256;  // of a plane that is small
+constexpr int64_t MOST_PIXELS = 256;  // of a plane: as many numbers has a small image (``SMALL`` in convolutions.py)
 
 // Eight channels at a time. What one channel finds depends on no other.
-struct Small {
+struct Small : Sizes {
     static constexpr int64_t AT_ONCE = 8;  // pixels of a row
     static constexpr int64_t N = 8;        // channels of a vector
 
-    int64_t images, groups, inputs, outputs, height, width, padding;
-    int64_t out_height = height + 2 * padding - 2, out_width = width + 2 * padding - 2, plane = out_height * out_width;
-    int64_t taps = 9 * inputs, filter = (taps + 1) * N, blocks = groups * outputs / N, pooled = plane / 4;
-    int64_t row = width + 2 * padding, framed_plane = (height + 2 * padding) * row;  // of an image within its padding
+    int64_t filter = (taps + 1) * N, blocks = groups * outputs / N, pooled = plane / 4;
 
     // Filters and biases with their channels side by side: [block][tap, the last is the bias][channel].
     const float* side_by_side(const float* w, const float* bias) const {
         float* to = scratch(3, blocks * filter);
         for (int64_t o = 0; o < blocks * N; ++o)
             for (int64_t k = 0; k <= taps; ++k) to[o / N * filter + k * N + o % N] = k < taps ? w[o * taps + k] : bias[o];
-        return to;
-    }
-
-    // An image within its padding.
-    const float* framed(const float* x) const {
-        float* to = scratch(1, inputs * framed_plane);
-        std::memset(to, 0, inputs * framed_plane * sizeof(float));
-        for (int64_t c = 0; c < inputs; ++c)
-            for (int64_t i = 0; i < height; ++i, x += width)
-                std::memcpy(to + c * framed_plane + (i + padding) * row + padding, x, width * sizeof(float));
         return to;
     }
 

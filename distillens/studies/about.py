@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distillens.core.contracts import Sets
-from distillens.pipeline import Order, versions
+from distillens.making import Order, versions
 from distillens.sessions import chosen_plan
 from distillens.studies.asked import Study, data_options
 from distillens.studies.outlook import Forecast

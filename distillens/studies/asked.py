@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from distillens import analyses, distillers, pipeline
+from distillens import analyses, distillers, making, pipeline
 from distillens.core.checks import UserError, unknown
 from distillens.core.config import describe, override, settings_of, shrunk
 from distillens.core.contracts import Problem
@@ -15,8 +15,9 @@ from distillens.core.dataset import Splits
 from distillens.engine.plan import Plan, Precision, cores
 from distillens.evaluation import protocol as protocols
 from distillens.given import Given, bring
+from distillens.making import Order, versions
 from distillens.paper import ORDER
-from distillens.pipeline import Order, analysis_key, versions
+from distillens.pipeline import analysis_key
 from distillens.presets import BASELINES, PRESETS, Preset
 from distillens.sessions import chosen_plan
 from distillens.tuning import wish
@@ -78,7 +79,7 @@ class Study:
     def orders(self) -> list[Order]:
         """Every distilled set and baseline to make."""
         return [
-            pipeline.order(
+            making.order(
                 name,
                 self.real,
                 ipc,
@@ -256,7 +257,7 @@ def design(
     )
     for size in study.ipc:
         study.questions(size)
-        pipeline.order("random_subset", real, size).distiller.start(
+        making.order("random_subset", real, size).distiller.start(
             Problem(real.train, size, analysis_key(seed))
         )
     return study

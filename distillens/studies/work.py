@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from distillens import distillers, pipeline
+from distillens import distillers, making, pipeline
 from distillens.core.artefact import DistilledDataset, Provenance
 from distillens.core.config import describe
 from distillens.core.contracts import Distiller, Problem, Sets, is_adaptive
@@ -20,8 +20,9 @@ from distillens.core.storage import held, sweep, write_json
 from distillens.engine.plan import Plan
 from distillens.engine.workers import Engine
 from distillens.folders import claim
+from distillens.making import Made, Tell, carry_out, inputs_of, silent
 from distillens.paper import beside
-from distillens.pipeline import Made, Tell, analysis_key, carry_out, inputs_of, shown_to, silent
+from distillens.pipeline import analysis_key, shown_to
 from distillens.presets import BASELINES
 from distillens.runs import Runs
 from distillens.sessions import check_device, check_engine, recorded_plan, session, workers_for
@@ -123,7 +124,7 @@ def _distil(wanted: Study, to: Path, runs: Runs, tell: Tell) -> None:
     jobs: list[tuple[Distiller, Problem, Provenance, Path]] = []
     for one, its in zip(missing, inputs, strict=True):
         provenance = one.provenance(wanted.real, runs.plan)
-        claim(to / folder_of(one), pipeline.request(provenance, wanted.real))
+        claim(to / folder_of(one), making.request(provenance, wanted.real))
         jobs.append((one.distiller, one.problem(wanted.real.train, its), provenance, to / folder_of(one)))
     # Long jobs first: the workers end together.
     jobs.sort(key=lambda job: -job[0].work(job[1]))

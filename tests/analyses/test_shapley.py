@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from distillens import pipeline
+from distillens import making, pipeline
 from distillens.analyses.pointwise.shapley import ROUND, Shapley, ShapleyResult, relative_error, values_of
 from distillens.core.artefact import DistilledDataset, Order
 from distillens.core.checks import UserError
@@ -309,7 +309,7 @@ def test_nothing_is_trained_beforehand_for_what_decides_on_the_way(
     sets, runs = Sets({"a": (class_means(digits),)}), Runs(Plan())
     small = Shapley(TINY, Recipe(steps=2), permutations=1, strong=0)
     study: Any = SimpleNamespace(seed=0, real=digits, questions=lambda ipc: [small])
-    train_for_all(study, {1: sets}, runs, pipeline.silent)
+    train_for_all(study, {1: sets}, runs, making.silent)
     assert not runs.trained
     settings = ["net.width=8", "recipe.steps=2", "permutations=1", "strong=0", "only=a"]
     result = pipeline.ask("pointwise/shapley", {"a": class_means(digits)}, digits, settings=settings)

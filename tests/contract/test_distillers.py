@@ -18,7 +18,7 @@ import numpy
 import pytest
 import torch
 
-from distillens import distillers, pipeline
+from distillens import distillers, making
 from distillens.core.artefact import DistilledDataset, Provenance
 from distillens.core.checks import UserError
 from distillens.core.config import describe, override, restore, settings_of
@@ -396,7 +396,7 @@ def test_the_pipeline_goes_on_from_its_checkpoint(
     name: str, killed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     method, problem, _, logs, done = whole(name, 1)
-    monkeypatch.setattr(pipeline, "CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr(making, "CHECKPOINT_SECONDS", -1.0)
     about = Provenance(name, describe(method), IPC, problem.key, "planted", "", plan=describe(Plan()))
     calls: list[int] = []
 
@@ -406,10 +406,10 @@ def test_the_pipeline_goes_on_from_its_checkpoint(
             raise KilledError
 
     with pytest.raises(KilledError):
-        pipeline.run(method, problem, about, tmp_path, tell)
+        making.run(method, problem, about, tmp_path, tell)
     assert not (tmp_path / "provenance.json").exists()
     # What raised has no checkpoint yet: its step is made again.
-    made = pipeline.run(restore(describe(method)), problem, about, tmp_path, tell)
+    made = making.run(restore(describe(method)), problem, about, tmp_path, tell)
     assert calls == [*range(1, killed + 1), *range(killed, STEPS + 1)]
     assert made.fingerprint == done.fingerprint
     assert DistilledDataset.load(tmp_path).fingerprint == done.fingerprint

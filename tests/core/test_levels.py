@@ -47,6 +47,7 @@ LEVELS = {
     "report": 3,
     "paper": 1,
     "presets": 3,
+    "making": 4,
     "pipeline": 4,
     "given": 4,
     "studies": 4,

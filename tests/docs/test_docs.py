@@ -41,7 +41,7 @@ def test_there_are_commands_to_check() -> None:
 def test_every_printed_command_is_accepted(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each command reaches its verb with names that exist; the verbs themselves are tested end to end."""
     import distillens.report
-    from distillens import cli, data, distillers, formats, pipeline, studies
+    from distillens import cli, data, distillers, formats, making, pipeline, studies
     from distillens.evaluation import protocol
 
     reached: list[str] = []
@@ -62,7 +62,7 @@ def test_every_printed_command_is_accepted(command: str, monkeypatch: pytest.Mon
         return to
 
     def distill(method: str, source: str, *, settings: Any, ipc: int, **_: Any) -> Any:
-        pipeline.order(method, digits(), ipc, settings=settings)
+        making.order(method, digits(), ipc, settings=settings)
         reached.append("distill")
         return type("Made", (), {"__len__": lambda self: 1, "fingerprint": ""})()
 

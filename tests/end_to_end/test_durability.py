@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from distillens import folders, pipeline, sessions, studies
+from distillens import folders, making, pipeline, sessions, studies
 from distillens.core import storage
 from distillens.core.checks import UserError
 from distillens.core.config import describe
@@ -82,7 +82,7 @@ def until_it_is_done(work: Callable[[], object], left: Callable[[], list[Path]])
 def test_a_distillation_whose_every_write_fails_once_ends_in_the_same_bytes(
     real: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr(making, "CHECKPOINT_SECONDS", -1.0)
 
     def work(to: Path) -> None:
         pipeline.distill("mtt", real, settings=MTT, to=to / "set", store=to / "store")
@@ -249,7 +249,7 @@ def test_a_second_command_in_a_folder_at_work_is_refused_and_harms_nothing(
 STORE = """
 import sys
 from pathlib import Path
-from distillens import pipeline
+from distillens import making, pipeline
 from distillens.core.rng import Key
 from distillens.data.planted import planted
 from distillens.engine.plan import Plan

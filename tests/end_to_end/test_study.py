@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from distillens import pipeline, studies
+from distillens import making, studies
 from distillens.core.checks import UserError
 from distillens.core.dataset import Splits
 from distillens.core.rng import Key
@@ -165,7 +165,7 @@ def test_a_study_is_checked_in_full_before_it_begins(
 def test_the_orders_of_a_study_have_their_own_keys(digits: Splits) -> None:
     keys = [order.key for order in studies.design(digits).orders]
     assert len(set(keys)) == len(keys)
-    assert pipeline.order("dm", digits, 10, seed=0, replicate=3).key in keys
+    assert making.order("dm", digits, 10, seed=0, replicate=3).key in keys
     assert all(key.seed == 0 for key in keys)
     assert Key(0, ("distil", "dm", 10, 3)) in keys
 

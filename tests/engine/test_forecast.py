@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distillens import cost, forecast, pipeline, studies
+from distillens import cost, forecast, making, pipeline, studies
 from distillens.core.checks import DivergedError, UserError
 from distillens.core.contracts import Problem
 from distillens.core.dataset import Splits
@@ -255,9 +255,9 @@ def test_a_diverging_run_keeps_its_last_good_set(planted: Splits, tmp_path: Path
 def test_an_interrupted_run_goes_on_from_where_it_was(
     planted: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    order = pipeline.order("dm", planted, 1, settings=["steps=6", "net.width=4", "batch_real=4"])
+    order = making.order("dm", planted, 1, settings=["steps=6", "net.width=4", "batch_real=4"])
     problem, about = order.problem(planted.train), order.provenance(planted, Plan())
-    whole = pipeline.run(order.distiller, problem, about, None)
+    whole = making.run(order.distiller, problem, about, None)
     kind, done = type(order.distiller), []
     original = kind.step
 
@@ -269,7 +269,7 @@ def test_an_interrupted_run_goes_on_from_where_it_was(
 
     monkeypatch.setattr(kind, "step", step)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.run(order.distiller, problem, about, tmp_path)
-    made = pipeline.run(order.distiller, problem, about, tmp_path)
+        making.run(order.distiller, problem, about, tmp_path)
+    made = making.run(order.distiller, problem, about, tmp_path)
     assert done == [0, 1, 2, 3, 4, 4, 5]  # nothing that was finished is done again
     assert made.fingerprint == whole.fingerprint

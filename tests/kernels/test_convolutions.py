@@ -7,6 +7,7 @@ import torch
 
 from distillens import kernels
 from distillens.core.rng import Key
+from distillens.core.threads import pinned_threads
 from distillens.kernels import Setting, conv_block, convolutions, planes
 
 pytestmark = pytest.mark.skipif(not convolutions.available(), reason="no C++ compiler that makes them")
@@ -266,11 +267,27 @@ def test_a_block_of_a_small_image_knows_no_neighbours(n: int, size: int, channel
         return [y, gw.transpose(0, 1)]  # channels second
 
     whole = block(x, slice(None), 1, 1)
+    with pinned_threads(3):
+        assert all(
+            torch.equal(one, other) for one, other in zip(block(x, slice(None), 1, 1), whole, strict=True)
+        )
     for one, other in zip(block(x, slice(8), 1, 1), whole, strict=True):
         assert torch.equal(one, other[:, :8])
     for both in (block(x, slice(None), 2, 1), block(x.repeat(1, 2, 1, 1), slice(None), 2, 2)):
         for one, other in zip(both, whole, strict=True):
             assert torch.equal(one[:, :16], other) and torch.equal(one[:, 16:], other)
+
+
+def test_a_small_image_that_is_not_a_number_stays_none() -> None:
+    x, weight, bias, _ = given(5, 8, 8, 1, 16, 1, 1)
+    x[2, 0, 3, 3] = float("nan")
+    ones, nothing = torch.ones(16), torch.zeros(16)
+    _, y, means, rstds = convolutions.block(x, weight, bias, ones, nothing, 1, 1, 1e-5, False)
+    assert bool(y[2].isnan().all()) and not bool(y[[0, 1, 3, 4]].isnan().any())
+    gw, *_ = convolutions.block_slope(
+        torch.ones_like(y), x, weight, bias, ones, nothing, None, means, rstds, 1, 1
+    )
+    assert bool(gw.isnan().all())
 
 
 def test_they_are_used_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
