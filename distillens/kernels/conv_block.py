@@ -163,8 +163,9 @@ class _Block(torch.autograd.Function):
     ) -> torch.Tensor:
         w, b = weight.to(x.dtype), bias.to(x.dtype)
         if _few(x, w, padding, fewer):
-            # z is for those who differentiate in x, or in the gradient: the latter find it again.
-            kept = ctx.needs_input_grad[0]
+            # z is for those who differentiate; of small images only in x, or in the gradient: the latter find it again.
+            small = convolutions.small(w.shape[1], *x.shape[2:], padding)
+            kept = any(ctx.needs_input_grad[: 1 if small else 5])
             z, y, means, rstds = convolutions.block(x, w, b, gamma, beta, padding, groups, EPSILON, kept)
         else:
             z = _conv(x, w, b, padding, groups, fewer)

@@ -30,7 +30,7 @@ extern "C" void weights_float32(const float* x, const float* gy, float* gw, int6
 
 extern "C" void few_convolve_float32(const float* x, const float* w, const float* bias, float* y, int64_t images, int64_t groups,
                                      int64_t inputs, int64_t outputs, int64_t height, int64_t width, int64_t padding) {
-    Few{images, groups, inputs, outputs, height, width, padding}.convolve(x, w, bias, y, [](int64_t) {});
+    Few{images, groups, inputs, outputs, height, width, padding}.convolve(x, w, bias, y, [](int64_t, const float*) {});
 }
 
 extern "C" void few_weights_float32(const float* x, const float* gy, float* gw, int64_t images, int64_t groups, int64_t inputs,
@@ -39,15 +39,15 @@ extern "C" void few_weights_float32(const float* x, const float* gy, float* gw, 
     of.weights(x, [&](int64_t at) { return gy + at * outputs * of.plane; }, gw);
 }
 
-// The convolution, and norm, ReLU and pooling of planes that are still in the cache.
+// The convolution, and norm, ReLU and pooling of planes that are still in the cache; z may be nothing, and is not written down.
 extern "C" void few_block_float32(const float* x, const float* w, const float* bias, const float* gamma, const float* beta,
                                   float* z, float* y, float* means, float* rstds, int64_t images, int64_t groups, int64_t inputs,
                                   int64_t outputs, int64_t height, int64_t width, int64_t padding, double epsilon) {
     const Few of{images, groups, inputs, outputs, height, width, padding};
     const int64_t h = of.out_height, wide = of.out_width, pooled = (h / 2) * (wide / 2);
-    of.convolve(x, w, bias, z, [&](int64_t at) {
+    of.convolve(x, w, bias, z, [&](int64_t at, const float* planes) {
         const int64_t row = at * outputs, channel = at % groups * outputs;
-        forward_float32(z + row * of.plane, gamma + channel, beta + channel, y + row * pooled, means + row, rstds + row, outputs,
+        forward_float32(planes, gamma + channel, beta + channel, y + row * pooled, means + row, rstds + row, outputs,
                         outputs, h, wide, epsilon);
     });
 }

@@ -113,17 +113,16 @@ def block(
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
     """``convolve`` by a ``weight`` of few channels, then ``planes.forward``, image by image: z, and what that gives.
 
-    Unless it must be ``kept``, z of a small image is not written down.
+    Unless it is to be ``kept``, z is not written down.
     """
     n, _, h, w = x.shape
     inputs, outputs = weight.shape[1], weight.shape[0] // groups
-    of_small = small(inputs, h, w, padding)
     high, wide = h + 2 * padding - 2, w + 2 * padding - 2
-    z = x.new_empty(n, weight.shape[0], high, wide) if kept or not of_small else None
+    z = x.new_empty(n, weight.shape[0], high, wide) if kept else None
     y = x.new_empty(n, weight.shape[0], high // 2, wide // 2)
     means, rstds = x.new_empty(n * weight.shape[0]), x.new_empty(n * weight.shape[0])
     tensors = (x, weight, bias, gamma, beta, z, y, means, rstds)
-    name = "small_block_float32" if of_small else "few_block_float32"
+    name = "small_block_float32" if small(inputs, h, w, padding) else "few_block_float32"
     _call(name, tensors, n, groups, inputs, outputs, h, w, padding, numbers=(epsilon,))
     return z, y, means, rstds
 

@@ -47,7 +47,7 @@ struct Few : Sizes {
         each_place(first, [&](int64_t at, int64_t from) { store(to + at, load<Vec<8>>(x + from)); });
     }
 
-    // then(which image and group): its planes lie in y, and in the cache.
+    // then(which image and group, its planes, while they are in the cache); y may be nothing, and they are forgotten.
     template <class F>
     void convolve(const float* x, const float* w, const float* bias, float* y, const F& then) const {
         const int64_t depth = taps + 1;  // the last is the bias, of a plane of ones
@@ -58,15 +58,17 @@ struct Few : Sizes {
 #pragma omp parallel for collapse(2) if (images * groups > 1)
         for (int64_t n = 0; n < images; ++n)
             for (int64_t g = 0; g < groups; ++g) {
+                const int64_t at = n * groups + g;
+                float* to = y ? y + at * outputs * plane : scratch(4, outputs * plane);
                 float* right = scratch(0, depth * wide);
                 std::fill(right + taps * wide, right + depth * wide, 1.f);
-                const float* image = framed(x + (n * groups + g) * inputs * height * width);
+                const float* image = framed(x + at * inputs * height * width);
                 for (int64_t first = 0; first < out_height; first += rows) {
                     shifted(image, first, right);
                     columns<false>(pixels(first) / LANES, outputs, depth, f + g * outputs * depth, MR, 1, MR * depth, right, wide,
-                                   y + (n * groups + g) * outputs * plane + first * out_width, plane);
+                                   to + first * out_width, plane);
                 }
-                then(n * groups + g);
+                then(at, to);
             }
     }
 

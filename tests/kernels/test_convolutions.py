@@ -208,8 +208,11 @@ def test_a_block_of_few_channels_at_once_is_its_parts_to_the_bit(
     gamma, beta = 0.5 + Key(6).uniform(len(bias)), 0.3 * Key(7).normal(len(bias))
     z = convolutions.convolve(x, weight, bias, padding, groups)
     parts = (z, *planes.forward(z, gamma, beta, 1e-5))
-    whole = convolutions.block(x, weight, bias, gamma, beta, padding, groups, 1e-5, False)
+    whole = convolutions.block(x, weight, bias, gamma, beta, padding, groups, 1e-5, True)
     assert all(torch.equal(one, other) for one, other in zip(whole, parts, strict=True))
+    z, *rest = convolutions.block(x, weight, bias, gamma, beta, padding, groups, 1e-5, False)
+    assert z is None
+    assert all(torch.equal(one, other) for one, other in zip(rest, parts[1:], strict=True))
 
     # Where images want a gradient or somebody may differentiate on, the block goes by its parts.
     g = Key(8).normal(*parts[1].shape)
