@@ -256,6 +256,34 @@ def test_a_block_of_a_small_image_is_its_parts(n: int, size: int, channels: int,
 
 
 @pytest.mark.parametrize(("n", "size", "channels", "groups"), SMALL)
+def test_the_gradient_of_a_small_image_can_be_differentiated(
+    n: int, size: int, channels: int, groups: int
+) -> None:
+    """Of data, whose z is not kept: it is found again."""
+    x, weight, bias, _ = given(n, size, size, channels, 16, groups, 1)
+    gamma, beta = 0.5 + Key(6).uniform(len(bias)), 0.3 * Key(7).normal(len(bias))
+    along = [Key(9).fold(i).normal(*t.shape) for i, t in enumerate((weight, gamma, beta))]
+    found = []
+    for kind in (torch.float32, torch.float64):
+        leaves = [t.to(kind).requires_grad_() for t in (weight, gamma, beta)]
+        block, extra = (conv_block.fused, (True,)) if kind == torch.float32 else (conv_block.plain, ())
+        y = block(x.to(kind), leaves[0], bias.to(kind), *leaves[1:], 1, groups, *extra)
+        if kind == torch.float32:
+            assert y.grad_fn is not None
+            assert y.grad_fn.saved_tensors[5] is None  # z
+        gradients = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+        total = sum((one * other.to(kind)).sum() for one, other in zip(gradients, along, strict=True))
+        found.append(torch.autograd.grad(total, leaves))
+    for one, other in zip(*found, strict=True):
+        assert far(one, other) < 1e-5
+
+
+def test_a_low_image_of_odd_height_is_not_small() -> None:
+    """Its planes are pooled without their last row."""
+    assert convolutions.take(1, 16, 3, 32, 1) and not convolutions.small(1, 3, 32, 1)
+
+
+@pytest.mark.parametrize(("n", "size", "channels", "groups"), SMALL)
 def test_a_block_of_a_small_image_knows_no_neighbours(n: int, size: int, channels: int, groups: int) -> None:
     """Neither other channels, by however many at a time they are taken, nor other groups, nor who else sees the image."""
     x, weight, bias, _ = given(n, size, size, channels, 16, 1, 1)
