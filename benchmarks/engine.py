@@ -227,13 +227,15 @@ def _rounded(x: float) -> float:
     return float(f"{x:.4g}")
 
 
-def adjoint_rows() -> list[dict[str, Any]]:
-    """Time and memory of MTT's adjoint by number of inner steps, once each."""
+def adjoint_rows(repeats: int) -> list[dict[str, Any]]:
+    """Time and memory of MTT's adjoint by number of inner steps: medians, and the least and most memory."""
     rows = []
     for steps in LENGTHS:
-        found = child("adjoint", str(steps))
-        row = {"steps": steps, "seconds": round(_median([found]), 2), "peak_mb": _megabytes([found])}
-        rows.append(row | {"plan": found["plan"], "commit": environment()["commit"]})
+        found = [child("adjoint", str(steps)) for _ in range(repeats)]
+        memory = [_megabytes([one]) for one in found]
+        row = {"steps": steps, "seconds": round(_median(found), 2), "peak_mb": _megabytes(found)}
+        row |= {"lowest_mb": min(memory), "highest_mb": max(memory), "n": repeats}
+        rows.append(row | {"plan": found[0]["plan"], "commit": environment()["commit"]})
         print(row, flush=True)
     return rows
 
@@ -242,7 +244,7 @@ def main(only: Sequence[str], repeats: int) -> None:
     saved = read_json(PATH) if PATH.is_file() else {"rows": []}
     for name in only:
         if name == "adjoint":
-            saved["adjoint"] = adjoint_rows()
+            saved["adjoint"] = adjoint_rows(repeats)
         elif name == "agreement":
             saved["agreement"] = child("agreement") | {"commit": environment()["commit"]}
             print(saved["agreement"], flush=True)
