@@ -159,7 +159,7 @@ def _can_be_traced(asked: _Asked, plan: Plan) -> bool:
     """Whether there is all that it takes to compile graphs for this device: a compiler, say."""
     try:
         _seconds(asked, replace(plan, traced=True), min(BATCHES), 1)
-    except Exception:  # whatever a compiler or its absence raises: work goes on without
+    except (RuntimeError, ImportError, OSError):  # what tracing, compiling, and the want of a compiler raise
         return False
     return True
 

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 BACKEND: Any = "inductor"  # what makes programs of graphs
-GRAPHS = 64  # of one function in a process; beyond them it goes untraced
+GRAPHS = (
+    1 << 20
+)  # as many as are asked for: the compiler's own bound would let what comes late go untraced, in other last bits
 
 
 @cache
@@ -23,14 +25,13 @@ def traced(function: Callable[..., Any]) -> Callable[..., Any]:
 
     mode = "reduce-overhead" if BACKEND == "inductor" else None  # the compiler's name for CUDA graphs
     graph = torch.compile(function, backend=BACKEND, dynamic=False, mode=mode)
-    limit = (
-        "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
-    )  # its name before 2.7
+    kind = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # before 2.7
+    unbounded = {kind: GRAPHS, f"accumulated_{kind}": GRAPHS}
 
     @wraps(function)
     def call(*args: Any) -> Any:
-        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        with config.patch({limit: GRAPHS}):
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # PyTorch has not typed it
+        with config.patch(unbounded):
             return graph(*args)
 
     return call

@@ -13,6 +13,7 @@ from distillens import Key, Recipe
 from distillens.core.dataset import Dataset
 from distillens.engine import traced
 from distillens.engine.plan import Plan
+from distillens.kernels import planes
 from distillens.nets.convnet import ConvNet
 from distillens.nets.mlp import MLP
 from distillens.train import Training, train
@@ -79,6 +80,7 @@ def test_each_shape_has_a_graph_of_its_own(digits: Any, graphs: list[Any]) -> No
     assert len(graphs) == 11
 
 
+@pytest.mark.skipif(not planes.available(), reason="no C++ compiler")
 def test_the_compilers_programs_train_as_without(digits: Any) -> None:
     torch.compiler.reset()
     wanted = training(digits.train.take(torch.arange(20)), ConvNet(depth=2, width=8))

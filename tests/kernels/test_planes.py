@@ -48,7 +48,7 @@ def test_they_are_what_they_are_in_plain_pytorch(n: int, channels: int) -> None:
     torch.testing.assert_close(found[1].double(), z.detach().mean((2, 3)).flatten())
 
 
-@pytest.mark.parametrize(("n", "channels"), COUNTS)
+@pytest.mark.parametrize(("n", "channels"), COUNTS[1:])
 def test_none_knows_its_neighbours(n: int, channels: int) -> None:
     """A channel's planes, given beside others or between images of its own, are the same to the bit, by any number of threads."""
     g, z, gamma, beta = given(n, channels)
@@ -57,8 +57,6 @@ def test_none_knows_its_neighbours(n: int, channels: int) -> None:
         whole(*(t[:, c : c + 1].repeat(copies, 1, 1, 1) for t in (g, z)), gamma[c : c + 1], beta[c : c + 1])
         for c in range(channels)
     ]
-    if n * channels < 8:
-        return
     with pinned_threads(2):
         y, means, rstds, gz, *_ = whole(g, z, gamma, beta)
     for c, each in enumerate(alone):
