@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo import config
 
 from distillens import Key, Recipe
 from distillens.core.dataset import Dataset
@@ -73,8 +74,9 @@ def test_each_shape_has_a_graph_of_its_own(digits: Any, graphs: list[Any]) -> No
     """More than the compiler would keep by itself; one for several shapes would depend on which came first."""
     plan = replace(PLAN, traced=True, images=1 << 12)
     net = ConvNet(depth=2, width=8)
-    for count in range(20, 31):
-        train(training(digits.train.take(torch.arange(count)), net), plan)
+    with config.patch(recompile_limit=2, accumulated_recompile_limit=4):
+        for count in range(20, 31):
+            train(training(digits.train.take(torch.arange(count)), net), plan)
     assert len(graphs) == 11
     train(training(digits.train.take(torch.arange(25)), net), plan)
     assert len(graphs) == 11
